@@ -1,0 +1,108 @@
+"""Who computes a decision. A backend says why it will not, or makes a plan; `select` takes the first that will.
+
+A new kernel is one file under kernels/ with a list `BACKENDS`, and one line in `MODULES` here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from videoattn.call import Call
+from videoattn.policy import EXACT, Decision
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | None], Tensor]
+"""(q, k, v, mask, kv_len, scale) -> out; q, k, v, out in the call's layout, out contiguous as [B, N, H, D]."""
+
+MODULES = ("videoattn.kernels.sdpa",)
+
+
+class Backend(Protocol):
+    name: str
+
+    def refuses(self, call: Call, decision: Decision) -> str | None:
+        """None where the backend can compute the decision for this call, else the reason in a few words."""
+
+    def rank(self, call: Call) -> float:
+        """Expected time relative to the other backends that accept the call; the lowest is tried first."""
+
+    def plan(self, call: Call, decision: Decision) -> Run:
+        """A callable for calls of exactly this shape."""
+
+
+class UnsupportedCall(ValueError):
+    """No backend computes the call as asked; the message lists every refusal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What `select` settled on: who computes, what is computed, and why not something else."""
+
+    backend: Backend
+    decision: Decision
+    why: str
+    refusals: tuple[tuple[str, str], ...]
+
+
+@functools.cache
+def backends() -> tuple[Backend, ...]:
+    return tuple(backend for module in MODULES for backend in importlib.import_module(module).BACKENDS)
+
+
+def validate_backend(name: str) -> None:
+    """Raise ValueError unless `name` is "auto" or a registered backend."""
+    names = ["auto", *(backend.name for backend in backends())]
+    if name not in names:
+        raise ValueError(f"backend: wanted one of {', '.join(names)}, got {name!r}")
+
+
+def select(call: Call, decision: Decision, name: str = "auto") -> Choice:
+    """The backend for a call.
+
+    A named backend is obeyed or refuses with UnsupportedCall. With "auto" the best-ranked backend that accepts wins; a
+    decision that nobody here can compute falls back to exact, never to a lossier one, and `why` says so.
+    """
+    refusals: list[tuple[str, str]] = []
+    accepted: list[Backend] = []
+    for backend in backends():
+        reason = backend.refuses(call, decision)
+        if reason is None:
+            accepted.append(backend)
+        else:
+            refusals.append((backend.name, reason))
+
+    if name != "auto":
+        for backend in accepted:
+            if backend.name == name:
+                return Choice(backend=backend, decision=decision, why="named by the caller", refusals=tuple(refusals))
+        if decision == EXACT:
+            raise UnsupportedCall(f"backend {name!r} refuses {_describe(call)}: {dict(refusals)[name]}")
+    elif accepted:
+        best = min(accepted, key=lambda backend: backend.rank(call))
+        return Choice(backend=best, decision=decision, why="", refusals=tuple(refusals))
+    if decision == EXACT:
+        listed = "; ".join(f"{backend}: {reason}" for backend, reason in refusals)
+        raise UnsupportedCall(f"no backend computes {_describe(call)}: {listed}")
+
+    reason = "no GPU" if call.device.type == "cpu" else f"no kernel for it on {call.device.type}"
+    choice = select(call, EXACT, name)
+    return Choice(
+        backend=choice.backend,
+        decision=EXACT,
+        why=f"{decision} -> exact: {reason}",
+        refusals=(*refusals, *choice.refusals),
+    )
+
+
+def _describe(call: Call) -> str:
+    dtype = str(call.dtype).removeprefix("torch.")
+    return (
+        f"{call.kind} attention, batch {call.batch}, q_len {call.q_len}, kv_len {call.kv_len}, heads {call.heads}, "
+        f"head_dim {call.head_dim}, {dtype}, mask {call.mask}, on {torch.device(call.device)}"
+    )

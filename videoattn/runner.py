@@ -1,0 +1,144 @@
+"""From a decision to a kernel: one Runner for all sites that decide alike, one plan for each shape it meets.
+
+Eager calls look the plan up by shape and go straight to it. While torch.compile traces, the call becomes one operator,
+`videoattn::attend`, which does the same look-up when the graph runs: nothing is decided inside a compiled graph, and a
+new shape or step needs no new graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+
+from videoattn.backend import Choice, Run, select
+from videoattn.call import Call, Kind, Layout
+from videoattn.policy import Decision
+
+
+@dataclass(slots=True)
+class Plan:
+    """A planned call and how often it ran."""
+
+    call: Call
+    choice: Choice
+    run: Run
+    calls: int = 0
+
+
+class Runner:
+    """Attention for every site of one kind that decides alike.
+
+    Args:
+        kind: what attends to what.
+        decision: what the policy allows.
+        backend: a backend's name, or "auto".
+    """
+
+    def __init__(self, kind: Kind, decision: Decision, backend: str = "auto") -> None:
+        self.kind = kind
+        self.decision = decision
+        self.backend = backend
+        self.plans: dict[tuple, Plan] = {}
+        self.key = next(_keys)  # a compiled graph knows the runner by this number
+        _runners[self.key] = self
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        kv_len: Tensor | None = None,
+        scale: float | None = None,
+        layout: Layout = "BNHD",
+        causal: bool = False,
+    ) -> Tensor:
+        """Attention of one call.
+
+        Args:
+            q: [B, Nq, H, D]; k, v: [B, Nk, Hkv, D]; or [B, H, N, D] with layout "BHND".
+            mask: broadcastable to [B, H, Nq, Nk], bool (True: attend) or additive.
+            kv_len: int32 [B]: row b attends to its first kv_len[b] keys.
+            scale: factor on q k^T; 1 / sqrt(D) by default.
+            layout: dimension order of q, k, v and the output.
+            causal: query i sees keys 0..i only.
+
+        Returns:
+            The output in q's shape, dtype and layout.
+        """
+        if torch.compiler.is_compiling():
+            return torch.ops.videoattn.attend(q, k, v, mask, kv_len, scale, layout, causal, self.key)
+        key = (q.shape, k.shape, q.dtype, q.device, layout, mask if mask is None else mask.dtype, kv_len is None, causal)
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self._plan(q, k, v, mask, kv_len, layout, causal)
+        plan.calls += 1
+        return plan.run(q, k, v, mask, kv_len, scale)
+
+    def _plan(self, q, k, v, mask, kv_len, layout, causal) -> Plan:
+        for name, other in (("k", k), ("v", v), ("mask", mask), ("kv_len", kv_len)):
+            if other is not None and other.device != q.device:
+                raise ValueError(f"{name} of {self.kind} attention: wanted it on q's {q.device}, got {other.device}")
+        for name, other in (("k", k), ("v", v)):
+            if other.dtype != q.dtype:
+                raise ValueError(f"{name} of {self.kind} attention: wanted q's {q.dtype}, got {other.dtype}")
+        n, h = (1, 2) if layout == "BNHD" else (2, 1)
+        call = Call(
+            kind=self.kind,
+            layout=layout,
+            batch=q.shape[0],
+            q_len=q.shape[n],
+            kv_len=k.shape[n],
+            heads=q.shape[h],
+            kv_heads=k.shape[h],
+            head_dim=q.shape[3],
+            dtype=q.dtype,
+            device=q.device,
+            mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "additive",
+            has_kv_len=kv_len is not None,
+            causal=causal,
+        )
+        choice = select(call, self.decision, self.backend)
+        if call.q_len == 0 or call.kv_len == 0:  # a row without a key is 0; no kernel is asked for an empty product
+            return Plan(call, choice, lambda q, k, v, mask, kv_len, scale: torch.zeros_like(q))
+        return Plan(call, choice, choice.backend.plan(call, choice.decision))
+
+
+_keys = itertools.count()
+_runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
+
+_library = torch.library.Library("videoattn", "DEF")
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_len, float? scale, str layout, bool causal, int runner)"
+    " -> Tensor"
+)
+
+
+def _attend(q, k, v, mask, kv_len, scale, layout, causal, runner):
+    out = _runners[runner](q, k, v, mask, kv_len, scale, layout, causal)
+    # One stride order for every kernel, as the fake below promises to the compiler.
+    return out.contiguous() if layout == "BNHD" else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attend_fake(q, k, v, mask, kv_len, scale, layout, causal, runner):
+    if layout == "BNHD":
+        return q.new_empty(q.shape)
+    b, h, n, d = q.shape
+    return q.new_empty(b, n, h, d).transpose(1, 2)
+
+
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("videoattn::attend", _attend_fake, lib=_library)
+
+
+@register_flop_formula(torch.ops.videoattn.attend)
+def _attend_flops(q, k, v, mask, kv_len, scale, layout, causal, runner, *args, out_shape=None, **kwargs) -> int:
+    if layout == "BNHD":
+        q, k, v = ((b, h, n, d) for b, n, h, d in (q, k, v))
+    b, h, nq, d = q
+    return sdpa_flop_count((b, h, nq, d), (b, h, k[2], d), (b, h, v[2], d))
