@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, T5Config, T5EncoderModel
 
 TEXT_DIM = 32  # width of every tiny text and image encoder
 TEXT_LENGTH = 32  # max_sequence_length: the first prompt is padded up to it, the second fills it
@@ -16,12 +18,14 @@ class Recipe:
     """How one tiny pipeline is built and called.
 
     ``make(head_dim=, heads=, layers=)`` builds it; ``call`` are its keyword arguments beyond prompt, seed, steps and
-    output type; ``media`` is the conditioning that it takes beside the prompt.
+    output type. ``media`` is what it takes beside the prompt: one image for the whole batch, one a video, or a clip.
+    ``skipped_steps`` of those asked for never run, because generation starts from a clip that is half noise.
     """
 
     make: Callable[..., Any]
     call: dict[str, Any] = field(default_factory=dict)
-    media: Literal["image", "video"] | None = None
+    media: Literal["image", "images", "video"] | None = None
+    skipped_steps: int = 0
     prompted: bool = True
 
 
@@ -51,8 +55,6 @@ def randomize(module: nn.Module, generator: torch.Generator) -> None:
 
 def t5_encoder(width: int = TEXT_DIM, vocab_size: int = 400):
     """A T5 encoder; 400 tokens hold the byte vocabulary and ByT5's."""
-    from transformers import T5Config, T5EncoderModel
-
     return T5EncoderModel(
         T5Config(
             vocab_size=vocab_size,
@@ -68,8 +70,6 @@ def t5_encoder(width: int = TEXT_DIM, vocab_size: int = 400):
 
 
 def clip_text_encoder(width: int = TEXT_DIM):
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=258,
@@ -85,31 +85,25 @@ def clip_text_encoder(width: int = TEXT_DIM):
     )
 
 
-def clip_vision_config():
-    """17 image tokens: a class token and 4 x 4 patches of 8 pixels."""
-    from transformers import CLIPVisionConfig
-
+def clip_vision_config(image_size: int = 32):
+    """17 image tokens: a class token and 4 x 4 patches."""
     return CLIPVisionConfig(
         hidden_size=TEXT_DIM,
         projection_dim=TEXT_DIM,
         intermediate_size=37,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
+        image_size=image_size,
+        patch_size=image_size // 4,
     )
 
 
 def clip_image_processor():
-    from transformers import CLIPImageProcessor
-
     return CLIPImageProcessor(size=32, crop_size=32)
 
 
 def image_vae():
     """AutoencoderKL that shrinks height and width by 2, 4 latent channels."""
-    from diffusers import AutoencoderKL
-
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),

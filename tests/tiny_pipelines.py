@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import tiny_dits
+import tiny_unets
 import tiny_wan
 import torch
 from tiny_parts import Recipe, randomize
 
-PIPELINES: dict[str, Recipe] = tiny_wan.RECIPES
+PIPELINES: dict[str, Recipe] = tiny_wan.RECIPES | tiny_dits.RECIPES | tiny_unets.RECIPES
 
 # The quotes wake HunyuanVideo 1.5's glyph encoder. Different lengths: a batch of both has two key lengths.
-PROMPTS = ('a red cube says "hi"', "two blue circles move left over a green field, slowly")
+PROMPTS = ('a red cube says "hi"', "two blue dots move left, slowly")
 NEGATIVE_PROMPTS = ("blurry", "low quality, no motion")
 
 
@@ -28,7 +30,7 @@ def build(
 
     ``head_dim``, ``heads``, ``layers`` change the denoiser where given (``layers``: blocks, or layers a UNet block).
     """
-    size = {k: v for k, v in dict(head_dim=head_dim, heads=heads, layers=layers).items() if v is not None}
+    size = {k: v for k, v in {"head_dim": head_dim, "heads": heads, "layers": layers}.items() if v is not None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = PIPELINES[name].make(**size)
@@ -43,19 +45,22 @@ def build(
 def inputs(name: str, pipe: Any, *, seed: int = 0, steps: int = 2, batch: int = 1) -> dict[str, Any]:
     """Keyword arguments of one short generation of ``batch`` (1 or 2) videos that ends with the latents."""
     recipe = PIPELINES[name]
-    kwargs = dict(
-        recipe.call,
-        num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-    )
+    kwargs = recipe.call | {
+        "num_inference_steps": steps + recipe.skipped_steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+    }
     if recipe.prompted:
-        one = batch == 1
-        kwargs["prompt"] = PROMPTS[0] if one else list(PROMPTS[:batch])
-        kwargs["negative_prompt"] = NEGATIVE_PROMPTS[0] if one else list(NEGATIVE_PROMPTS[:batch])
+        kwargs["prompt"] = list(PROMPTS[:batch])
+        kwargs["negative_prompt"] = list(NEGATIVE_PROMPTS[:batch])
     if recipe.media:
-        frames = _clip(kwargs.get("num_frames", 9), kwargs["height"], kwargs["width"], seed)
-        kwargs[recipe.media] = frames if recipe.media == "video" else frames[0]
+        frames = _clip(9, kwargs["height"], kwargs["width"], seed)
+        argument, value = {
+            "image": ("image", frames[0]),
+            "images": ("image", frames[:batch]),
+            "video": ("video", frames),
+        }[recipe.media]
+        kwargs[argument] = value
     return kwargs
 
 

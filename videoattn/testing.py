@@ -21,30 +21,30 @@ Layout = Literal["BNHD", "BHND", "fused"]
 # T5, Gemma and Llama keep the ids of their special tokens low; CLIP's end token must have the highest id, because
 # CLIP's text model pools where the id is greatest.
 _TOKENIZERS: dict[str, tuple[list[str], list[str], str, dict[str, str]]] = {
-    "t5": (["<pad>", "</s>", "<unk>"], [], "$A </s>", dict(pad="<pad>", eos="</s>", unk="<unk>")),
+    "t5": (["<pad>", "</s>", "<unk>"], [], "$A </s>", {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}),
     "clip": (
         [],
         ["<|startoftext|>", "<|endoftext|>"],
         "<|startoftext|> $A <|endoftext|>",
-        dict(bos="<|startoftext|>", eos="<|endoftext|>", pad="<|endoftext|>", unk="<|endoftext|>"),
+        {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<|endoftext|>"},
     ),
     "llama": (
         ["<pad>", "<s>", "</s>", "<unk>"],
         [],
         "<s> $A",
-        dict(pad="<pad>", bos="<s>", eos="</s>", unk="<unk>"),
+        {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"},
     ),
     "gemma": (
         ["<pad>", "<eos>", "<bos>", "<unk>"],
         [],
         "<bos> $A",
-        dict(pad="<pad>", eos="<eos>", bos="<bos>", unk="<unk>"),
+        {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"},
     ),
     "qwen": (
         [],
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         "$A",
-        dict(pad="<|endoftext|>", eos="<|im_end|>", unk="<|endoftext|>"),
+        {"pad": "<|endoftext|>", "eos": "<|im_end|>", "unk": "<|endoftext|>"},
     ),
 }
 
@@ -155,6 +155,7 @@ def plain_attention(
     scale: float | None = None,
     kv_len: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T scale + mask) v [B, Nq, H, D], every intermediate rounded to the inputs' dtype.
 
@@ -165,6 +166,9 @@ def plain_attention(
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if kv_len is not None:
         beyond = torch.arange(k.shape[2], device=k.device) >= kv_len.to(k.device)[:, None, None, None]
+        scores = scores.masked_fill(beyond, float("-inf"))
+    if causal:
+        beyond = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(beyond, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(q.dtype)
@@ -182,6 +186,7 @@ def assert_close_to_oracle(
     scale: float | None = None,
     kv_len: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    causal: bool = False,
     factor: float = 2.0,
 ) -> None:
     """Assert that ``out`` [B, Nq, H, D] is as close to exact attention as its dtype lets a kernel be.
@@ -195,7 +200,7 @@ def assert_close_to_oracle(
     """
     from videoattn.kernels.reference import attend
 
-    options = dict(scale=scale, kv_len=kv_len, mask=mask)
+    options = {"scale": scale, "kv_len": kv_len, "mask": mask, "causal": causal}
     exact, _ = attend(q, k, v, **options)
     wanted = (*q.shape[:3], v.shape[3])
     if out.shape != wanted or out.dtype != q.dtype:
