@@ -1,0 +1,39 @@
+# Everything runs in .venv, made on first use with the versions of constraints.txt.
+# Another Python (3.10 to 3.13): make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint bench targets clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(READY)  ## a video with and without enable_fast_attention, into outputs/
+	$(RUN) examples/text_to_video.py
+
+test: $(READY)  ## every test that needs no GPU
+	$(RUN) -m pytest -m "not gpu"
+
+test-gpu: $(READY)  ## the tests that need an NVIDIA GPU
+	$(RUN) -m pytest -m gpu
+
+lint: $(READY)  ## ruff's rules and ruff's format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(READY)  ## measure on this machine's GPU; appends to benchmarks/results/
+	$(RUN) -m videoattn.cli bench all
+
+targets: $(READY)  ## every bar of benchmarks/targets.toml against the results in git
+	$(RUN) -m videoattn.cli bench targets
+
+clean:  ## remove .venv and what tests and demos wrote
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache
