@@ -9,6 +9,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, T5Config, T5EncoderModel
 
+from videoattn.testing import byte_tokenizer
+
 TEXT_DIM = 32  # width of every tiny text and image encoder
 TEXT_LENGTH = 32  # max_sequence_length: the first prompt is padded up to it, the second fills it
 
@@ -19,12 +21,14 @@ class Recipe:
 
     ``make(head_dim=, heads=, layers=)`` builds it; ``call`` are its keyword arguments beyond prompt, seed, steps and
     output type. ``media`` is what it takes beside the prompt: one image for the whole batch, one a video, or a clip.
+    ``settings`` are attributes of the pipeline object, which ``save_pretrained`` does not keep.
     ``skipped_steps`` of those asked for never run, because generation starts from a clip that is half noise.
     """
 
     make: Callable[..., Any]
     call: dict[str, Any] = field(default_factory=dict)
     media: Literal["image", "images", "video"] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
     prompted: bool = True
 
@@ -67,6 +71,14 @@ def t5_encoder(width: int = TEXT_DIM, vocab_size: int = 400):
             feed_forward_proj="gated-gelu",
         )
     )
+
+
+def t5_text() -> dict[str, Any]:
+    return {"tokenizer": byte_tokenizer("t5"), "text_encoder": t5_encoder()}
+
+
+def clip_text() -> dict[str, Any]:
+    return {"tokenizer": byte_tokenizer("clip"), "text_encoder": clip_text_encoder()}
 
 
 def clip_text_encoder(width: int = TEXT_DIM):

@@ -3,20 +3,23 @@
     pipe = build("wan")
     latents = run("wan", pipe)          # the same call gives the same bits
 
-The builders stand by family in ``tiny_wan.py``, ``tiny_dits.py`` and ``tiny_unets.py``.
+The builders stand by family in ``tiny_wan.py``, ``tiny_hunyuan.py``, ``tiny_dits.py`` and ``tiny_unets.py``.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import tiny_dits
+import tiny_hunyuan
 import tiny_unets
 import tiny_wan
 import torch
+from diffusers import DiffusionPipeline
 from tiny_parts import Recipe, randomize
 
-PIPELINES: dict[str, Recipe] = tiny_wan.RECIPES | tiny_dits.RECIPES | tiny_unets.RECIPES
+PIPELINES: dict[str, Recipe] = tiny_wan.RECIPES | tiny_hunyuan.RECIPES | tiny_dits.RECIPES | tiny_unets.RECIPES
 
 # The quotes wake HunyuanVideo 1.5's glyph encoder. Different lengths: a batch of both has two key lengths.
 PROMPTS = ('a red cube says "hi"', "two blue dots move left, slowly")
@@ -38,7 +41,18 @@ def build(
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             randomize(component.eval().requires_grad_(False), generator)
+    return _settle(name, pipe)
+
+
+def load(name: str, folder: str | Path) -> Any:
+    """The pipeline ``name`` from where ``pipe.save_pretrained(folder)`` left it, with the settings of ``build``."""
+    return _settle(name, DiffusionPipeline.from_pretrained(folder))
+
+
+def _settle(name, pipe):
     pipe.set_progress_bar_config(disable=True)
+    for attribute, value in PIPELINES[name].settings.items():
+        setattr(pipe, attribute, value)
     return pipe
 
 

@@ -18,19 +18,13 @@ from tiny_parts import (
     TEXT_DIM,
     Recipe,
     clip_image_processor,
-    clip_text_encoder,
+    clip_text,
     clip_vision_config,
     image_vae,
 )
 from transformers import CLIPVisionModelWithProjection
 
-from videoattn.testing import byte_tokenizer
-
 CALL = {"height": 16, "width": 24, "num_frames": 5}
-
-
-def _clip():
-    return {"tokenizer": byte_tokenizer("clip"), "text_encoder": clip_text_encoder()}
 
 
 def _ddim(beta_schedule="scaled_linear"):
@@ -62,7 +56,9 @@ def animatediff(*, head_dim=16, heads=2, layers=1):
         motion_num_attention_heads=heads,
         motion_max_seq_length=16,
     )
-    return AnimateDiffPipeline(unet=unet, motion_adapter=adapter, vae=image_vae(), scheduler=_ddim("linear"), **_clip())
+    return AnimateDiffPipeline(
+        unet=unet, motion_adapter=adapter, vae=image_vae(), scheduler=_ddim("linear"), **clip_text()
+    )
 
 
 def text_to_video_sd(*, head_dim=8, heads=2, layers=1):
@@ -76,7 +72,7 @@ def text_to_video_sd(*, head_dim=8, heads=2, layers=1):
         attention_head_dim=head_dim,
         norm_num_groups=2,
     )
-    return TextToVideoSDPipeline(unet=unet, vae=image_vae(), scheduler=_ddim(), **_clip())
+    return TextToVideoSDPipeline(unet=unet, vae=image_vae(), scheduler=_ddim(), **clip_text())
 
 
 def svd(*, head_dim=16, heads=2, layers=1):
@@ -133,7 +129,7 @@ def i2vgen_xl(*, head_dim=8, heads=2, layers=1):
         scheduler=_ddim(),
         image_encoder=CLIPVisionModelWithProjection(clip_vision_config()),
         feature_extractor=clip_image_processor(),
-        **_clip(),
+        **clip_text(),
     )
 
 

@@ -10,10 +10,8 @@ from diffusers import (
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
 )
-from tiny_parts import TEXT_DIM, TEXT_LENGTH, Recipe, clip_image_processor, clip_vision_config, t5_encoder
+from tiny_parts import TEXT_DIM, TEXT_LENGTH, Recipe, clip_image_processor, clip_vision_config, t5_text
 from transformers import CLIPVisionModel
-
-from videoattn.testing import byte_tokenizer
 
 CALL = {"height": 48, "width": 64, "num_frames": 9, "guidance_scale": 6.0, "max_sequence_length": TEXT_LENGTH}
 
@@ -42,9 +40,7 @@ def _vae(**config):
 
 
 def _common(flow_shift=3.0):
-    return {
-        "tokenizer": byte_tokenizer("t5"),
-        "text_encoder": t5_encoder(),
+    return t5_text() | {
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
         ),
