@@ -22,7 +22,7 @@ class Recipe:
     ``make(head_dim=, heads=, layers=)`` builds it; ``call`` are its keyword arguments beyond prompt, seed, steps and
     output type. ``media`` is what it takes beside the prompt: one image for the whole batch, one a video, or a clip.
     ``settings`` are attributes of the pipeline object, which ``save_pretrained`` does not keep.
-    ``skipped_steps`` of those asked for never run, because generation starts from a clip that is half noise.
+    ``skipped_steps`` of those asked for never run, because generation starts from a noisy clip.
     """
 
     make: Callable[..., Any]
