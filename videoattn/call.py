@@ -40,14 +40,13 @@ class Site:
         name: the module's path in the denoiser, as `named_modules` gives it.
         layer: running number of the site in the denoiser, in the order of `named_modules`.
         kind: what attends to what.
-        heads: number of query heads.
-        head_dim: elements per head, or None where the host's module does not say before it runs.
+        heads: number of query heads, head_dim: elements per head; None where the host's module does not say.
     """
 
     name: str
     layer: int
     kind: Kind
-    heads: int
+    heads: int | None = None
     head_dim: int | None = None
 
 

@@ -1,0 +1,50 @@
+"""CogVideoX: joint attention over text and video in one stream, text first; LayerNorm and rotation head by head.
+
+The 2B model has no rotary embedding (its positions are added to the tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+from videoattn.call import Grid
+from videoattn.pipelines.adapter import Adapter
+from videoattn.pipelines.hunyuan_video import rotate
+from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.prologue import Prologue, Stream
+
+
+class CogVideoXProcessor(FastProcessor):
+    prologue = Prologue(norm="per_head", rotate=rotate)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        if self.run is None or attention_mask is not None:  # no CogVideoX pipeline passes a mask
+            return self.host(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+        text_len = encoder_hidden_states.shape[1]
+        x = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+        stream = Stream(
+            attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k, image_rotary_emb, slice(text_len, None)
+        )
+        out = project_out(attn, self.attend(attn.heads, stream))
+        return out[:, text_len:], out[:, :text_len]
+
+
+def grid(model, inputs) -> Grid:
+    """Latents come as [B, T, C, Y, X]; 1.5 also joins frames in time."""
+    frames, _, height, width = inputs["hidden_states"].shape[1:]
+    config = model.config
+    return Grid(
+        frames=frames // (config.patch_size_t or 1),
+        height=height // config.patch_size,
+        width=width // config.patch_size,
+    )
+
+
+ADAPTER = Adapter(
+    name="cogvideox",
+    kinds=(("*attn1", "joint"),),
+    processors={CogVideoXAttnProcessor2_0: CogVideoXProcessor},
+    grid=grid,
+)

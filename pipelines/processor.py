@@ -1,0 +1,38 @@
+"""What every processor of ours shares: the host's processor that it stands in for, and the runner it calls."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from videoattn.prologue import Prologue, Stream
+
+
+class FastProcessor:
+    """Base of the attention processors that videoattn sets on a denoiser.
+
+    Args:
+        host: the processor that was there, called unchanged while `run` is None (training, context parallelism) and put
+            back by `disable`.
+    """
+
+    _attention_backend = None  # diffusers' switches: what is set here after enabling is passed on to the host
+    _parallel_config = None
+    prologue: Prologue
+
+    def __init__(self, host) -> None:
+        self.host = host
+        self.run = None
+        self.kv_len: Tensor | None = None
+
+    def bind(self, run) -> None:
+        """Send the next calls to `run` (a Runner), or to the host's own path with None."""
+        self.run = run
+
+    def attend(self, heads: int, *streams: Stream, kv_len: Tensor | None = None) -> Tensor:
+        """Attention of raw projections: prologue, then the runner. Returns [B, N, H*D]."""
+        return self.run(*self.prologue(heads, *streams), None, kv_len).flatten(2, 3)
+
+
+def project_out(attn, x: Tensor) -> Tensor:
+    """The output projection and its dropout, as every host module keeps them: to_out = [Linear, Dropout]."""
+    return attn.to_out[1](attn.to_out[0](x))

@@ -1,0 +1,149 @@
+"""The generic way: the host's own processor, its own code, with the names it calls attention by bound to our runner.
+
+A processor of diffusers calls `F.scaled_dot_product_attention` or `dispatch_attention_fn`, both globals of its module. A
+function is a code object and a dictionary of globals; we make another function of the same code object, with a copy of
+those globals in which the two names lead to a Runner. Nothing of the host is changed, and nothing is copied as text.
+
+The globals must be those of a real module that `sys.modules` knows by name: torch.compile guards on globals by module
+name and would otherwise look at the host's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from videoattn.pipelines.processor import FastProcessor
+
+_NAMES = ("scaled_dot_product_attention", "dispatch_attention_fn")
+
+
+class ReboundProcessor(FastProcessor):
+    """Mixed into a subclass of the host's processor class, so that the host's own isinstance checks still hold."""
+
+    def bind(self, run) -> None:
+        self.run = run
+        host_class = type(self.host)
+        self.call = host_class.__call__ if run is None else _rebound_call(host_class, run)
+
+    def __reduce__(self):
+        return rebind, (self.host,)
+
+
+def refuses(host) -> str | None:
+    """Why a processor cannot go the generic way, or None where it can."""
+    host_class = type(host)
+    if isinstance(host, torch.nn.Module):
+        return f"{host_class.__name__} holds weights of its own"
+    if not host_class.__module__.startswith("diffusers."):
+        return f"{host_class.__name__} is not the host's own processor"
+    if not set(_NAMES) & set(host_class.__call__.__code__.co_names):
+        return f"{host_class.__name__} calls no attention that can be routed"
+    return None
+
+
+def rebind(host) -> ReboundProcessor:
+    """A processor that runs the host's code on our runner, once `bind` has named one."""
+    processor = object.__new__(_rebound_class(type(host)))
+    processor.__dict__.update(host.__dict__)
+    FastProcessor.__init__(processor, host)
+    processor.bind(None)
+    return processor
+
+
+@functools.cache
+def _rebound_class(host_class: type) -> type:
+    # The host filters keyword arguments by the signature of __call__: keep it.
+    @functools.wraps(host_class.__call__)
+    def __call__(self, *args, **kwargs):
+        return self.call(self, *args, **kwargs)
+
+    return type(f"Fast{host_class.__name__}", (ReboundProcessor, host_class), {"__call__": __call__})
+
+
+_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Runner -> {host class: function}
+
+
+def _rebound_call(host_class: type, run) -> types.FunctionType:
+    calls = _calls.setdefault(run, {})
+    if host_class not in calls:
+        calls[host_class] = _make_call(host_class, run)
+    return calls[host_class]
+
+
+def _make_call(host_class: type, run) -> types.FunctionType:
+    original = host_class.__call__
+    name = f"videoattn._rebound.{host_class.__module__}.{host_class.__name__}.{run.key}"
+    module, functional = types.ModuleType(name), types.ModuleType(f"{name}.functional")
+    functional.__dict__.update({k: v for k, v in vars(F).items() if not k.startswith("__")})
+    functional.scaled_dot_product_attention = _sdpa_to(weakref.proxy(run))
+    module.__dict__.update({k: v for k, v in original.__globals__.items() if not k.startswith("__")})
+    module.__package__ = original.__globals__["__package__"]  # for relative imports inside the host's code
+    for key, value in vars(module).items():
+        if value is F:
+            setattr(module, key, functional)
+    if "dispatch_attention_fn" in vars(module):
+        module.dispatch_attention_fn = _dispatch_to(weakref.proxy(run), module.dispatch_attention_fn)
+
+    for made in (module, functional):
+        sys.modules[made.__name__] = made
+        weakref.finalize(run, sys.modules.pop, made.__name__, None)
+    code = original.__code__
+    call = types.FunctionType(code, vars(module), original.__name__, original.__defaults__, original.__closure__)
+    call.__kwdefaults__ = original.__kwdefaults__
+    return call
+
+
+def _sdpa_to(run):
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        if dropout_p or query.ndim != 4:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        return run(query, key, value, attn_mask, None, scale, "BHND", is_causal)
+
+    return scaled_dot_product_attention
+
+
+def _dispatch_to(run, host_dispatch):
+    def dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+        attention_kwargs=None,
+        *,
+        backend=None,
+        parallel_config=None,
+    ):
+        is_mask = attn_mask is None or isinstance(attn_mask, torch.Tensor)  # else a BlockMask of flex attention
+        if not is_mask or dropout_p or attention_kwargs or backend is not None or parallel_config is not None:
+            return host_dispatch(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                enable_gqa,
+                attention_kwargs,
+                backend=backend,
+                parallel_config=parallel_config,
+            )
+        if attn_mask is not None and attn_mask.ndim == 2:  # [B, Nk], as the host's native backend reads it
+            attn_mask = attn_mask[:, None, None, :]
+        return run(query, key, value, attn_mask, None, scale, "BNHD", is_causal)
+
+    return dispatch_attention_fn

@@ -1,0 +1,33 @@
+"""Attention of the UNets: plain projections, no norm of q and k, no rotation, no mask in a video pipeline."""
+
+from __future__ import annotations
+
+from videoattn.pipelines.processor import FastProcessor, project_out
+
+
+class UNetProcessor(FastProcessor):
+    """Stands in for the host's AttnProcessor2_0 where its image-model options are off."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs
+    ):
+        if self.run is None or attention_mask is not None or not is_plain(attn):
+            return self.host(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            x.unflatten(2, (attn.heads, -1)) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        return project_out(attn, self.run(q, k, v).flatten(2, 3))
+
+
+def is_plain(attn) -> bool:
+    """Whether an attention module only projects, attends and projects out."""
+    return (
+        attn.spatial_norm is None
+        and attn.group_norm is None
+        and attn.norm_cross is None
+        and attn.norm_q is None
+        and attn.norm_k is None
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1.0
+    )

@@ -1,0 +1,58 @@
+"""Wan 2.1 and 2.2: full self-attention over the video, cross-attention to text and, in 2.1 I2V, to an image.
+
+RMSNorm across all heads, then rotary embedding of neighbouring pairs on self-attention; no masks.
+"""
+
+from __future__ import annotations
+
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from videoattn.pipelines.adapter import Adapter, patched_grid
+from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.prologue import Prologue, Stream, rotate_pairs
+
+TEXT_TOKENS = 512  # the host's transformer hard-codes where the image's tokens end and the text's begin
+
+
+class WanProcessor(FastProcessor):
+    prologue = Prologue(norm="across_heads", rotate=rotate_pairs)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        if self.run is None:
+            return self.host(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+        context, image = encoder_hidden_states, None
+        if attn.add_k_proj is not None:
+            image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+        q, k, v = self._project(attn, hidden_states, context)
+        q, k, v = self.prologue(attn.heads, Stream(q, k, v, attn.norm_q, attn.norm_k, rotary_emb))
+        out = self.run(q, k, v, attention_mask)
+
+        if image is not None:
+            k, v = self._project_image(attn, image)
+            k = attn.norm_added_k(k).unflatten(2, (attn.heads, -1))
+            out = out + self.run(q, k, v.unflatten(2, (attn.heads, -1)))
+        return project_out(attn, out.flatten(2, 3))
+
+    @staticmethod
+    def _project(attn, x, context):
+        if not attn.fused_projections:
+            source = x if context is None else context
+            return attn.to_q(x), attn.to_k(source), attn.to_v(source)
+        if context is None:
+            return attn.to_qkv(x).chunk(3, dim=-1)
+        return attn.to_q(x), *attn.to_kv(context).chunk(2, dim=-1)
+
+    @staticmethod
+    def _project_image(attn, image):
+        if attn.fused_projections:
+            return attn.to_added_kv(image).chunk(2, dim=-1)
+        return attn.add_k_proj(image), attn.add_v_proj(image)
+
+
+ADAPTER = Adapter(
+    name="wan",
+    kinds=(("*attn2", "cross"), ("*attn1", "full")),
+    processors={WanAttnProcessor: WanProcessor},
+    grid=patched_grid,
+)

@@ -1,0 +1,128 @@
+"""The one line and its undoing; the only place that changes somebody else's object."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from videoattn import reports
+from videoattn.pipelines.registry import MODELS, adapter_for
+from videoattn.policy import Policy
+from videoattn.reports import Report
+from videoattn.session import Session, session_of
+
+Pipe = TypeVar("Pipe")
+
+_DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def enable_fast_attention(pipe: Pipe, policy: Policy | str = "balanced", *, backend: str = "auto") -> Pipe:
+    """Run the attention of a diffusers video pipeline on the best kernels here. In place; calling again replaces.
+
+    Args:
+        pipe: a DiffusionPipeline, a ModularPipeline, or a bare denoiser.
+        policy: "exact" (same mathematics, other rounding), "balanced" (quantised where that is faster), "fast" (also
+            leaves key blocks out), or a Policy.
+        backend: "auto", or the name of one backend, which then never falls back to another.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        TypeError: `pipe` or `policy` is of no kind that is known.
+        ValueError: an unknown preset or backend, a backend that refuses, or no denoiser with video attention. Nothing
+            has been changed then.
+    """
+    policy = Policy.of(policy)
+    denoisers = _denoisers(pipe)
+    made = [
+        (model, Session(model, _adapter(model), policy, backend, pipe=None if pipe is model else pipe))
+        for model in denoisers
+    ]
+    for model, session in made:
+        previous = session_of(model)
+        if previous is not None:
+            previous.detach()
+        session.attach(model)
+    return pipe
+
+
+def disable_fast_attention(pipe: Pipe) -> Pipe:
+    """Put back the very processors that were there; nothing happens where attention is not enabled. Returns `pipe`."""
+    for model in _denoisers(pipe):
+        session = session_of(model)
+        if session is not None:
+            session.detach()
+    return pipe
+
+
+def disable(pipe: Pipe) -> Pipe:
+    """Undo everything that videoattn has enabled on a pipeline, last first. Returns `pipe`."""
+    return disable_fast_attention(pipe)
+
+
+@contextlib.contextmanager
+def fast_attention(
+    pipe: object, policy: Policy | str = "balanced", *, backend: str = "auto"
+) -> Iterator[tuple[Session, ...]]:
+    """`enable_fast_attention` for the length of a with block; what was set before comes back at its end.
+
+    Yields the sessions, one for each denoiser.
+    """
+    models = _denoisers(pipe)
+    before = [session_of(model) for model in models]
+    enable_fast_attention(pipe, policy, backend=backend)
+    try:
+        yield tuple(session_of(model) for model in models)
+    finally:
+        for model, session in zip(models, before, strict=True):
+            disable_fast_attention(model)
+            if session is not None:
+                session.attach(model)
+
+
+def report(pipe: object) -> Report:
+    """What was swapped, what runs there and why; `str()` of it is a table.
+
+    Raises:
+        ValueError: attention is not enabled on `pipe`.
+    """
+    sessions = [session for model in _denoisers(pipe) if (session := session_of(model)) is not None]
+    if not sessions:
+        raise ValueError(f"report: wanted a pipeline with fast attention enabled, got an untouched {_name(pipe)}")
+    return reports.build(f"{_name(pipe)}, policy {sessions[0].policy.name}", sessions)
+
+
+def _denoisers(pipe: object) -> list[nn.Module]:
+    """The denoisers of a pipeline, or the bare denoiser itself."""
+    if isinstance(pipe, nn.Module):
+        return [_unwrapped(pipe)]
+    found = [getattr(pipe, name, None) for name in _DENOISERS]
+    models = [_unwrapped(model) for model in found if isinstance(model, nn.Module)]
+    if not models:
+        raise TypeError(
+            f"pipe: wanted a diffusers pipeline with one of {', '.join(_DENOISERS)}, or a denoiser, got {_name(pipe)}"
+        )
+    return models
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a torch.compile wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _adapter(model: nn.Module):
+    adapter = adapter_for(model)
+    if adapter is None:
+        raise ValueError(
+            f"denoiser: wanted a video denoiser of diffusers (of our own adapters: {', '.join(sorted(MODELS))}; "
+            f"others the generic way), got {type(model).__name__}"
+        )
+    return adapter
+
+
+def _name(pipe: object) -> str:
+    return type(pipe).__name__

@@ -1,0 +1,91 @@
+"""What a model does between its projections and attention: norm of q and k, rotary embedding, joining of streams.
+
+Processors hand over raw projections and a Prologue instead of finished q, k, v. Here it is applied in torch, operation
+by operation as the host does, so that exact attention rounds as the host rounds; a kernel may fuse it instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, in the shapes that the family's `rotate` takes."""
+
+
+class Stream(NamedTuple):
+    """The raw projections of one run of tokens (video, or text), and what turns them into q, k, v.
+
+    q: [B, Nq, H*D]; k, v: [B, Nk, H*D].
+    norm_q, norm_k: the host's modules: called, never read, so that offload and casting hooks keep working.
+    rope: turns the tokens of `rope_span`; None where positions are not rotary.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norm_q: nn.Module | None = None
+    norm_k: nn.Module | None = None
+    rope: Rope | None = None
+    rope_span: slice = slice(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prologue:
+    """The static part: the same for every call of a site, and hashable.
+
+    Args:
+        norm: whether norm_q and norm_k see all heads at once [B, N, H*D] or one head at a time [B, N, H, D].
+        rotate: (x, rope) -> x turned; sees what `rope` names: [B, N, H*D] or [B, N, H, D].
+        rope: as `norm`, for the rotation.
+    """
+
+    norm: Literal["across_heads", "per_head"]
+    rope: Literal["across_heads", "per_head"] = "per_head"
+    rotate: Callable[[Tensor, Rope], Tensor] | None = None
+
+    def __call__(self, heads: int, *streams: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, N, H, D] of the streams one after another along N."""
+        parts = [self._finish(heads, stream) for stream in streams]
+        if len(parts) == 1:
+            return parts[0]
+        q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return q, k, v
+
+    def _finish(self, heads: int, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._turn(heads, stream.q, stream.norm_q, stream)
+        k = self._turn(heads, stream.k, stream.norm_k, stream)
+        return q, k, stream.v.unflatten(2, (heads, -1))
+
+    def _turn(self, heads: int, x: Tensor, norm: nn.Module | None, stream: Stream) -> Tensor:
+        if norm is not None and self.norm == "across_heads":
+            x = norm(x)
+        if stream.rope is not None and self.rope == "across_heads":
+            x = self.rotate(x, stream.rope)
+        x = x.unflatten(2, (heads, -1))
+        if norm is not None and self.norm == "per_head":
+            x = norm(x)
+        if stream.rope is not None and self.rope == "per_head":
+            span = stream.rope_span
+            if span == slice(None):
+                x = self.rotate(x, stream.rope)
+            else:  # x is a fresh projection or norm, so its other tokens may stay where they are
+                x[:, span] = self.rotate(x[:, span], stream.rope)
+        return x
+
+
+def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of neighbouring elements (2i, 2i+1), computed in the tables' dtype, returned in x's.
+
+    x: [B, N, H, D]; rope: cos and sin [1, N, 1, D], each value twice (Su et al., arXiv:2104.09864, section 3.4).
+    """
+    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out

@@ -1,0 +1,120 @@
+"""What was swapped, what runs there, and why: for people (`str`) and for programs (the rows)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from videoattn.session import Patch, Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRow:
+    """One attention layer and one shape that it met.
+
+    Args:
+        name, kind: the site.
+        adapter: "wan", ... where the family's own processor stands in, "generic", or "untouched".
+        decision: what the policy asked for; what is computed if it differs follows in `why`.
+        backend: who computes, "" before the first call or where the host's own path runs.
+        why: the reason of a fallback or a refusal, "" where there is none.
+        shape: (batch, q_len, kv_len, heads, head_dim), None before the first call.
+        calls: calls of this kind, head shape and shape so far, over all sites that share them.
+    """
+
+    name: str
+    kind: str
+    adapter: str
+    decision: str
+    backend: str = ""
+    why: str = ""
+    shape: tuple[int, int, int, int, int] | None = None
+    calls: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All denoisers of a pipeline.
+
+    Args:
+        title: the pipeline or denoiser and its policy.
+        sites: one row for each site and shape.
+        refused: (site, reason) of every attention layer that was left untouched.
+        notes: facts about the whole, e.g. that the last forward took the host's own path.
+        generations, denoiser_calls: since attention was enabled.
+    """
+
+    title: str
+    sites: tuple[SiteRow, ...]
+    refused: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    generations: int
+    denoiser_calls: int
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left")
+        for column in ("attention", "sites", "adapter", "decision", "backend", "B x Nq x Nk x H x D", "calls", "why"):
+            table.add_column(column, justify="right" if column in ("sites", "calls") else "left")
+        for (kind, adapter, decision, backend, shape, why, calls), sites in _group(self.sites).items():
+            size = "" if shape is None else " x ".join(map(str, shape))
+            table.add_row(kind, str(sites), adapter, decision, backend, size, str(calls), why)
+        console = Console(width=160, force_terminal=False, highlight=False)
+        with console.capture() as capture:
+            console.print(table)
+            for note in self.notes:
+                console.print(note)
+        return capture.get()
+
+
+def build(title: str, sessions: Sequence[Session]) -> Report:
+    rows = [row for session in sessions for patch in session.patches for row in _rows(session, patch)]
+    return Report(
+        title=title,
+        sites=tuple(rows),
+        refused=tuple((p.site.name, p.refusal) for session in sessions for p in session.patches if p.refusal),
+        notes=tuple(f"{session.model_name}: {session.bypass}" for session in sessions if session.bypass),
+        generations=max(session.clock.generation + 1 for session in sessions),
+        denoiser_calls=sum(session.clock.calls for session in sessions),
+    )
+
+
+def _rows(session: Session, patch: Patch) -> list[SiteRow]:
+    site = patch.site
+    if patch.ours is None or patch.ours.run is None:
+        waiting = patch.ours is not None and not patch.refusal and not session.bypass
+        why = "not called yet" if waiting else patch.refusal or session.bypass
+        decision = str(session.policy.decision) if site.kind in session.policy.kinds else "exact"
+        adapter = patch.adapter if patch.ours is not None else "untouched"
+        return [SiteRow(name=site.name, kind=site.kind, adapter=adapter, decision=decision if waiting else "", why=why)]
+    run = patch.ours.run
+    rows = []
+    for plan in run.plans.values():
+        call = plan.call
+        rows.append(
+            SiteRow(
+                name=site.name,
+                kind=site.kind,
+                adapter=patch.adapter,
+                decision=str(run.decision),
+                backend=plan.choice.backend.name,
+                why=plan.choice.why,
+                shape=(call.batch, call.q_len, call.kv_len, call.heads, call.head_dim),
+                calls=plan.calls,
+            )
+        )
+    no_call = SiteRow(
+        name=site.name, kind=site.kind, adapter=patch.adapter, decision=str(run.decision), why="needs no attention call"
+    )
+    return rows or [no_call]
+
+
+def _group(rows: Sequence[SiteRow]) -> dict[tuple, int]:
+    """Rows that read alike, with how many sites share them."""
+    groups: dict[tuple, int] = {}
+    for row in rows:
+        key = (row.kind, row.adapter, row.decision, row.backend, row.shape, row.why, row.calls)
+        groups[key] = groups.get(key, 0) + 1
+    return groups

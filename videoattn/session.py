@@ -1,0 +1,205 @@
+"""What was done to one denoiser, what it does before each forward, and how it is undone.
+
+The session is the denoiser's own forward pre-hook: nothing is kept outside the patched module, and the hook survives
+offloading, which wraps `forward`, not the hooks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from videoattn.backend import backends, validate_backend
+from videoattn.call import Call, Site, Step
+from videoattn.clock import Clock
+from videoattn.pipelines import rebind
+from videoattn.pipelines.adapter import Adapter, set_processor
+from videoattn.pipelines.processor import FastProcessor
+from videoattn.policy import EXACT, Decision, Policy
+from videoattn.runner import Runner
+
+
+@dataclass(slots=True, eq=False)
+class Patch:
+    """One site: its module, the processor that the host had there, and ours, or why there is none."""
+
+    attn: nn.Module
+    site: Site
+    host: object
+    ours: FastProcessor | None
+    adapter: str
+    refusal: str = ""
+
+
+class Session:
+    """Fast attention on one denoiser.
+
+    Args:
+        model: the denoiser.
+        adapter: what is known of its family.
+        policy: what may be traded.
+        backend: a backend's name, or "auto".
+        pipe: the pipeline that runs the denoiser, for its scheduler; None for a bare denoiser.
+
+    Raises:
+        ValueError: the named backend is unknown or refuses a site, or no attention of the denoiser can be served. The
+            denoiser is then as it was.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, policy: Policy, backend: str, pipe: object = None) -> None:
+        self.model_name = type(model).__name__
+        self.adapter = adapter
+        self.policy = policy
+        self.backend = backend
+        self.bypass = ""  # why the last forward took the host's own path, if it did
+        self.clock = Clock()
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._runners: dict[tuple, Runner] = {}
+        self._kv_lens: list[tuple[tuple, tuple, Tensor | None]] = []
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        validate_backend(backend)
+        self.patches = [self._patch(attn, site, _host(attn)) for attn, site in adapter.sites(model)]
+        if not any(patch.ours for patch in self.patches):
+            raise ValueError(
+                f"{self.model_name}: wanted a denoiser with attention that can be served, got "
+                + ("; ".join(sorted({patch.refusal for patch in self.patches})) or "no attention module")
+            )
+        self._validate_named_backend()
+
+    # -- patching ------------------------------------------------------------------------------------------------------
+
+    def _patch(self, attn: nn.Module, site: Site, host: object) -> Patch:
+        """Find who stands in for `host`; changes nothing."""
+        if getattr(host, "_parallel_config", None) is not None:
+            return Patch(attn, site, host, None, "untouched", "runs under context parallelism")
+        own = self.adapter.processors.get(type(host))
+        if own is not None:
+            return Patch(attn, site, host, own(host), self.adapter.name)
+        reason = rebind.refuses(host)
+        if reason is not None:
+            return Patch(attn, site, host, None, "untouched", reason)
+        return Patch(attn, site, host, rebind.rebind(host), "generic")
+
+    def _validate_named_backend(self) -> None:
+        if self.backend == "auto":
+            return
+        backend = next(backend for backend in backends() if backend.name == self.backend)
+        for patch in self.patches:
+            weight = next(patch.attn.parameters(), None)
+            if patch.ours is None or patch.site.head_dim is None or weight is None:  # found out when it runs
+                continue
+            if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2 or weight.device.type == "meta":
+                continue  # quantised or offloaded storage does not tell the dtype or the device of the call
+            call = Call(
+                kind=patch.site.kind,
+                layout="BNHD",
+                batch=1,
+                q_len=1024,
+                kv_len=1024,
+                heads=patch.site.heads,
+                kv_heads=patch.site.heads,
+                head_dim=patch.site.head_dim,
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+            reason = backend.refuses(call, EXACT)
+            if reason is not None:
+                raise ValueError(f"backend {self.backend!r} refuses {self.model_name} {patch.site.name}: {reason}")
+
+    def attach(self, model: nn.Module) -> None:
+        for patch in self.patches:
+            if patch.ours is not None:
+                set_processor(patch.attn, patch.ours)
+        self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Put the host's processors back: the very same objects, or what the user has set since."""
+        self._handle.remove()
+        for patch in self.patches:
+            if isinstance(patch.attn.processor, FastProcessor):
+                set_processor(patch.attn, patch.attn.processor.host)
+
+    # -- before each forward -------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        grid = None if self.adapter.grid is None else self.adapter.grid(model, inputs)
+        pipe = None if self._pipe is None else self._pipe()
+        step = self.clock.tick(getattr(pipe, "scheduler", None), inputs.get("timestep"), grid)
+        kv_len = self._kv_len(model, inputs, grid)
+        self.bypass = _needs_grad(model, inputs)
+        for index, patch in enumerate(self.patches):
+            processor = patch.attn.processor
+            if processor is not patch.ours and processor is not patch.host:
+                patch = self.patches[index] = self._follow(patch, processor)
+            if patch.ours is not None:
+                self._bind(patch, step, kv_len)
+
+    def _follow(self, patch: Patch, processor: object) -> Patch:
+        """The host or the user has swapped the processor since: fused projections, an IP-Adapter, FreeNoise."""
+        if isinstance(processor, FastProcessor):  # one of ours, put back by the host
+            name = "generic" if isinstance(processor, rebind.ReboundProcessor) else self.adapter.name
+            return Patch(patch.attn, patch.site, processor.host, processor, name)
+        followed = self._patch(patch.attn, patch.site, processor)
+        if followed.ours is not None:
+            set_processor(patch.attn, followed.ours)
+        return followed
+
+    def _bind(self, patch: Patch, step: Step, kv_len: Tensor | None) -> None:
+        ours = patch.ours
+        switched = ours._attention_backend is not None or ours._parallel_config is not None
+        if switched:
+            patch.refusal = "an attention backend or a parallel configuration of diffusers was set after enabling"
+            patch.host._attention_backend = ours._attention_backend
+            patch.host._parallel_config = ours._parallel_config
+        run = None if switched or self.bypass else self._runner(patch.site, self.policy(patch.site, step))
+        ours.kv_len = kv_len
+        if run is not ours.run:
+            ours.bind(run)
+
+    def _runner(self, site: Site, decision: Decision) -> Runner:
+        """Sites of one kind and head shape that decide alike share a runner, and with it a compiled graph."""
+        key = (site.kind, site.heads, site.head_dim, decision)
+        if key not in self._runners:
+            self._runners[key] = Runner(site.kind, decision, self.backend)
+        return self._runners[key]
+
+    def _kv_len(self, model: nn.Module, inputs: dict, grid: object) -> Tensor | None:
+        """The adapter's lengths, computed once for each set of mask tensors: they stay the same objects over the steps."""
+        if self.adapter.kv_len is None:
+            return None
+        masks = tuple(inputs.get(name) for name in self.adapter.kv_len_from)
+        key = (grid, *((id(mask), _version(mask)) for mask in masks))
+        for known, _, kv_len in self._kv_lens:
+            if known == key:
+                return kv_len
+        kv_len = self.adapter.kv_len(model, inputs)
+        self._kv_lens = [*self._kv_lens[-3:], (key, masks, kv_len)]  # the masks stay referenced, so ids stay theirs
+        return kv_len
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session on a denoiser, if attention is enabled on it."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Session)), None)
+
+
+def _host(attn: nn.Module) -> object:
+    """The processor that is there, or the one that ours stands in for: enabling twice does not stack."""
+    return attn.processor.host if isinstance(attn.processor, FastProcessor) else attn.processor
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _needs_grad(model: nn.Module, inputs: dict) -> str:
+    if not torch.is_grad_enabled():
+        return ""
+    tensors = (*(x for x in inputs.values() if isinstance(x, Tensor)), *model.parameters())
+    return "inputs or weights require grad: the host's own path" if any(x.requires_grad for x in tensors) else ""
