@@ -1,6 +1,6 @@
 """The oracle: attention as the formula says, in fp64, on any device. Everything else is measured against it.
 
-    S = scale * Q K^T + mask,  P = softmax(S) over the first kv_len[b] keys,  out = P V,  lse = log sum exp S
+S = scale * Q K^T + mask,  P = softmax(S) over the first kv_len[b] keys,  out = P V,  lse = log sum exp S
 """
 
 from __future__ import annotations

@@ -125,7 +125,9 @@ def _prefix(core: Core, *, loop: bool) -> Callable[..., Tensor]:
         if min(lengths) == longest:
             return core(q, k[:, :, :longest], v[:, :, :longest], None if mask is None else mask[..., :longest], scale)
         if loop:
-            rows = [core(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], None, scale) for b, n in enumerate(lengths)]
+            rows = [
+                core(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], None, scale) for b, n in enumerate(lengths)
+            ]
             return torch.cat(rows)
         prefix = key_mask(kv_len, longest)
         if mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.prologue import split_heads
 
 
 class UNetProcessor(FastProcessor):
@@ -14,9 +15,8 @@ class UNetProcessor(FastProcessor):
         if self.run is None or attention_mask is not None or not is_plain(attn):
             return self.host(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            x.unflatten(2, (attn.heads, -1)) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
+        projections = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        q, k, v = (split_heads(x, attn.heads) for x in projections)
         return project_out(attn, self.run(q, k, v).flatten(2, 3))
 
 

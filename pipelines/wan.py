@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from videoattn.pipelines.adapter import Adapter, patched_grid
 from videoattn.pipelines.processor import FastProcessor, project_out
-from videoattn.prologue import Prologue, Stream, rotate_pairs
+from videoattn.prologue import Prologue, Stream, rotate_pairs, split_heads
 
 TEXT_TOKENS = 512  # the host's transformer hard-codes where the image's tokens end and the text's begin
 
@@ -30,8 +30,8 @@ class WanProcessor(FastProcessor):
 
         if image is not None:
             k, v = self._project_image(attn, image)
-            k = attn.norm_added_k(k).unflatten(2, (attn.heads, -1))
-            out = out + self.run(q, k, v.unflatten(2, (attn.heads, -1)))
+            k, v = split_heads(attn.norm_added_k(k), attn.heads), split_heads(v, attn.heads)
+            out = out + self.run(q, k, v)
         return project_out(attn, out.flatten(2, 3))
 
     @staticmethod

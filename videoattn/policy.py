@@ -8,6 +8,7 @@ Three classes of exactness, and no result changes class silently:
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -83,6 +84,10 @@ class Policy:
         if site.kind not in self.kinds or any(fnmatchcase(site.name, pattern) for pattern in self.exact_layers):
             return EXACT
         return self.decision
+
+    def phase(self, step: Step) -> Hashable:
+        """Equal for steps at which every site decides alike, so that decisions are made once a phase."""
+        return None
 
     @classmethod
     def of(cls, policy: Policy | str) -> Policy:

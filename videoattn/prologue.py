@@ -59,14 +59,14 @@ class Prologue:
     def _finish(self, heads: int, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         q = self._turn(heads, stream.q, stream.norm_q, stream)
         k = self._turn(heads, stream.k, stream.norm_k, stream)
-        return q, k, stream.v.unflatten(2, (heads, -1))
+        return q, k, split_heads(stream.v, heads)
 
     def _turn(self, heads: int, x: Tensor, norm: nn.Module | None, stream: Stream) -> Tensor:
         if norm is not None and self.norm == "across_heads":
             x = norm(x)
         if stream.rope is not None and self.rope == "across_heads":
             x = self.rotate(x, stream.rope)
-        x = x.unflatten(2, (heads, -1))
+        x = split_heads(x, heads)
         if norm is not None and self.norm == "per_head":
             x = norm(x)
         if stream.rope is not None and self.rope == "per_head":
@@ -76,6 +76,12 @@ class Prologue:
             else:  # x is a fresh projection or norm, so its other tokens may stay where they are
                 x[:, span] = self.rotate(x[:, span], stream.rope)
         return x
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H*D] as [B, N, H, D]. A view; Tensor.unflatten does the same at several times the host time."""
+    b, n, _ = x.shape
+    return x.view(b, n, heads, -1)
 
 
 def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:

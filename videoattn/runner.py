@@ -73,7 +73,16 @@ class Runner:
         """
         if torch.compiler.is_compiling():
             return torch.ops.videoattn.attend(q, k, v, mask, kv_len, scale, layout, causal, self.key)
-        key = (q.shape, k.shape, q.dtype, q.device, layout, mask if mask is None else mask.dtype, kv_len is None, causal)
+        key = (
+            q.shape,
+            k.shape,
+            q.dtype,
+            q.device,
+            layout,
+            mask if mask is None else mask.dtype,
+            kv_len is None,
+            causal,
+        )
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self._plan(q, k, v, mask, kv_len, layout, causal)

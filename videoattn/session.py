@@ -57,6 +57,7 @@ class Session:
         self.backend = backend
         self.bypass = ""  # why the last forward took the host's own path, if it did
         self.clock = Clock()
+        self._phase: tuple | None = None  # what the processors are bound for
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._runners: dict[tuple, Runner] = {}
@@ -134,12 +135,20 @@ class Session:
         step = self.clock.tick(getattr(pipe, "scheduler", None), inputs.get("timestep"), grid)
         kv_len = self._kv_len(model, inputs, grid)
         self.bypass = _needs_grad(model, inputs)
+        phase = (self.bypass, self.policy.phase(step))
         for index, patch in enumerate(self.patches):
             processor = patch.attn.processor
-            if processor is not patch.ours and processor is not patch.host:
+            followed = processor is not patch.ours and processor is not patch.host
+            if followed:
                 patch = self.patches[index] = self._follow(patch, processor)
-            if patch.ours is not None:
-                self._bind(patch, step, kv_len)
+            ours = patch.ours
+            if ours is None:
+                continue
+            ours.kv_len = kv_len
+            switched = ours._attention_backend is not None or ours._parallel_config is not None
+            if followed or switched or phase != self._phase or ours.run is None:
+                self._bind(patch, step, switched)
+        self._phase = phase
 
     def _follow(self, patch: Patch, processor: object) -> Patch:
         """The host or the user has swapped the processor since: fused projections, an IP-Adapter, FreeNoise."""
@@ -151,15 +160,14 @@ class Session:
             set_processor(patch.attn, followed.ours)
         return followed
 
-    def _bind(self, patch: Patch, step: Step, kv_len: Tensor | None) -> None:
+    def _bind(self, patch: Patch, step: Step, switched: bool) -> None:
         ours = patch.ours
-        switched = ours._attention_backend is not None or ours._parallel_config is not None
+        patch.refusal = ""
         if switched:
             patch.refusal = "an attention backend or a parallel configuration of diffusers was set after enabling"
             patch.host._attention_backend = ours._attention_backend
             patch.host._parallel_config = ours._parallel_config
         run = None if switched or self.bypass else self._runner(patch.site, self.policy(patch.site, step))
-        ours.kv_len = kv_len
         if run is not ours.run:
             ours.bind(run)
 
