@@ -1,0 +1,217 @@
+"""Trains the tiny denoiser together with its text encoder, by flow matching on latents of the trained VAE.
+
+    python examples/train_tiny/train_denoiser.py --run runs/tiny --seconds 330
+
+Needs the folder that train_vae.py left, and writes the whole pipeline into its subfolder `pipeline`.
+
+Shape letters: B clips, L prompt tokens, D text width.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import whole_clip
+from data import DEMO, LARGEST, Size, layouts
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from render import render
+from scenes import sample_scene
+from tiny_model import new_text_encoder, new_tokenizer, new_transformer, save
+from training import Budget, GraphedStep, Log, Trainer, half_precision
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+PEAK_RATE = 1e-3
+EMPTY_PROMPTS = 0.1  # for classifier-free guidance
+PROMPT_TOKENS = 24  # the longest caption has 17
+CONTEXT_TOKENS = 512  # WanPipeline pads the embeddings with zeros to this length and masks nothing
+MASKED = -1e4  # added to the score of a padded token; its softmax weight is exactly 0
+REUSE = 8  # how many steps a latent is drawn for, on average
+ENCODED_AT_ONCE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A size of the training mix, drawn with weight `share`; larger sizes need more noise, so a larger `shift`."""
+
+    size: Size
+    batch: int
+    share: float
+    shift: float
+
+
+COURSES = (
+    Course(size=Size(frames=17, height=128, width=128), batch=128, share=0.15, shift=2.5),
+    Course(size=DEMO, batch=48, share=0.3, shift=3.0),
+    Course(size=Size(frames=17, height=160, width=256), batch=48, share=0.1, shift=3.0),
+    Course(size=Size(frames=33, height=256, width=256), batch=20, share=0.1, shift=4.0),
+    Course(size=LARGEST, batch=12, share=0.35, shift=5.0),
+)
+SMOKE = (
+    Course(size=Size(frames=5, height=32, width=32), batch=8, share=0.5, shift=3.0),
+    Course(size=Size(frames=9, height=32, width=48), batch=8, share=0.5, shift=3.0),
+)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.Tensor:
+    """[B, L] token ids, padded with 0."""
+    return tokenizer(captions, padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt").input_ids
+
+
+def prompt_embeddings(text_encoder: UMT5EncoderModel, ids: torch.Tensor) -> torch.Tensor:
+    """ids [B, L] -> [B, CONTEXT_TOKENS, D], just what WanPipeline.encode_prompt makes of the same prompts."""
+    real = ids != text_encoder.config.pad_token_id
+    mask = torch.where(real, 0.0, MASKED)[:, None, None, :]
+    embeddings = text_encoder(ids, mask).last_hidden_state * real.unsqueeze(-1)
+    return F.pad(embeddings, (0, 0, 0, CONTEXT_TOKENS - ids.shape[1]))
+
+
+class LatentPool:
+    """Normalised latents of freshly drawn clips of one size with their captions; the oldest make room for new ones."""
+
+    def __init__(self, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, size: Size, capacity: int):
+        self.vae, self.tokenizer, self.size, self.capacity = vae, tokenizer, size, capacity
+        self.statistics = [
+            torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        ]
+        self.latents = self.ids = None
+        self.made = 0
+
+    @torch.no_grad()
+    def refill(self, count: int, rng: np.random.Generator) -> None:
+        for _ in range(0, count, ENCODED_AT_ONCE):
+            scenes = [sample_scene(rng) for _ in range(ENCODED_AT_ONCE)]
+            things, background = layouts(scenes, rng, self.size, self.vae.device)
+            video, _ = render(things, background, self.size.frames, self.size.height, self.size.width)
+            with half_precision(video.device):
+                latents, _ = whole_clip.encode(self.vae, video)
+            mean, deviation = self.statistics
+            latents = ((latents.float() - mean) / deviation).to(torch.bfloat16)
+            ids = tokenize(self.tokenizer, [scene.caption() for scene in scenes]).to(latents.device)
+            if self.latents is None:
+                self.latents = latents.new_zeros(self.capacity, *latents.shape[1:])
+                self.ids = ids.new_zeros(self.capacity, ids.shape[1])
+            slots = torch.arange(self.made, self.made + len(scenes), device=ids.device) % self.capacity
+            self.latents[slots], self.ids[slots] = latents, ids
+            self.made += len(scenes)
+
+    def draw(self, count: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(min(self.made, self.capacity), (count,), device=self.ids.device)
+        return {"latents": self.latents[chosen], "ids": self.ids[chosen]}
+
+
+def denoiser_step(
+    transformer: WanTransformer3DModel,
+    text_encoder: UMT5EncoderModel,
+    trainer: Trainer,
+    empty_prompt: torch.Tensor,
+    shift: float,
+):
+    """The flow-matching step: x = (1 - s) latents + s noise, and the network predicts noise - latents."""
+
+    def step(latents: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        count, device = len(latents), latents.device
+        latents = latents.float()
+        dropped = torch.rand(count, 1, device=device) < EMPTY_PROMPTS
+        context = prompt_embeddings(text_encoder, torch.where(dropped, empty_prompt, ids))
+        level = torch.rand(count, device=device)
+        level = shift * level / (1 + (shift - 1) * level)
+        noise = torch.randn_like(latents)
+        noisy = torch.lerp(latents, noise, level.view(-1, 1, 1, 1, 1))
+        with half_precision(device):
+            flow = transformer(noisy, level * 1000, context, return_dict=False)[0]
+        loss = F.mse_loss(flow.float(), noise - latents)
+        norm = trainer.descend(loss)
+        return {"loss": loss.detach(), "norm": norm}
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder with the trained VAE; all results go there")
+    parser.add_argument("--seconds", type=float, default=330, help="training time")
+    parser.add_argument("--peak-rate", type=float, default=PEAK_RATE)
+    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see the script run on a CPU")
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(args.seed)
+    courses = SMOKE if args.smoke else COURSES
+
+    vae = AutoencoderKLWan.from_pretrained(args.run / "vae").to(device).requires_grad_(False)
+    tokenizer = new_tokenizer()
+    transformer = new_transformer().to(device).train()
+    text_encoder = new_text_encoder(len(tokenizer)).to(device).train()
+    trainer = Trainer({"transformer": transformer, "text_encoder": text_encoder}, decay=0.998)
+    checkpoint = args.run / "denoiser.pt"
+    used = trainer.load(checkpoint) if args.resume else 0.0
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 2 * len(courses)
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    rng = np.random.default_rng((args.seed, trainer.steps))
+    torch.manual_seed(args.seed + trainer.steps)
+    graphed = device.type == "cuda" and not args.eager
+    memory = torch.cuda.graph_pool_handle() if graphed else None
+    empty_prompt = tokenize(tokenizer, [""]).to(device)
+    budget = Budget(args.seconds, used)
+    log = Log(args.run / "denoiser.csv", ("step", "seconds", "size", "loss", "norm", "rate", "clips"))
+
+    pools = {course: LatentPool(vae, tokenizer, course.size, 256 * course.batch) for course in courses}
+    for course, pool in pools.items():
+        pool.refill(REUSE * course.batch, rng)
+        print(f"{course.size}: {course.size.tokens} tokens, first latents after {budget.used - used:.1f} s", flush=True)
+    steps = {
+        course: GraphedStep(
+            denoiser_step(transformer, text_encoder, trainer, empty_prompt, course.shift), graphed=graphed, pool=memory
+        )
+        for course in courses
+    }
+    calls = dict.fromkeys(courses, 0)
+    losses = {course: [] for course in courses}
+    next_save = budget.used + 60
+    while budget.part < 1:
+        course = courses[rng.choice(len(courses), p=[course.share for course in courses])]
+        rate = budget.rate(args.peak_rate)
+        trainer.set_rate(rate)
+        figures = steps[course](**pools[course].draw(course.batch))
+        trainer.after_step()
+        calls[course] += 1
+        losses[course].append(figures["loss"].clone())
+        if calls[course] % REUSE == 0:
+            pools[course].refill(course.batch, rng)
+        if trainer.steps % 5 == 0 and device.type == "cuda":
+            torch.cuda.synchronize()  # or the queue runs ahead of the clock
+        if len(losses[course]) == 50:
+            loss = torch.stack(losses[course]).mean().item()
+            losses[course].clear()
+            log.write(
+                step=trainer.steps,
+                seconds=budget.used,
+                size=course.size,
+                loss=loss,
+                norm=figures["norm"].item(),
+                rate=rate,
+                clips=pools[course].made,
+            )
+        if budget.used > next_save:
+            trainer.save(checkpoint, budget)
+            next_save = budget.used + 60
+    trainer.save(checkpoint, budget)
+
+    trainer.load_average()
+    steps.clear()
+    save(args.run / "pipeline", vae, transformer, text_encoder)
+
+
+if __name__ == "__main__":
+    main()
