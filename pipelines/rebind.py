@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import sys
 import types
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +65,17 @@ def _rebound_class(host_class: type) -> type:
     return type(f"Fast{host_class.__name__}", (ReboundProcessor, host_class), {"__call__": __call__})
 
 
-_calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Runner -> {host class: function}
+_calls: dict[int, dict[type, types.FunctionType]] = {}  # by the runner's key
+
+
+def forget(key: int) -> None:
+    """Drop what was made for the runner of that key."""
+    for call in _calls.pop(key, {}).values():
+        del sys.modules[call.__globals__["__name__"]]
 
 
 def _rebound_call(host_class: type, run) -> types.FunctionType:
-    calls = _calls.setdefault(run, {})
+    calls = _calls.setdefault(run.key, {})
     if host_class not in calls:
         calls[host_class] = _make_call(host_class, run)
     return calls[host_class]
@@ -81,18 +86,15 @@ def _make_call(host_class: type, run) -> types.FunctionType:
     name = f"videoattn._rebound.{host_class.__module__}.{host_class.__name__}.{run.key}"
     module, functional = types.ModuleType(name), types.ModuleType(f"{name}.functional")
     functional.__dict__.update({k: v for k, v in vars(F).items() if not k.startswith("__")})
-    functional.scaled_dot_product_attention = _sdpa_to(weakref.proxy(run))
-    module.__dict__.update({k: v for k, v in original.__globals__.items() if not k.startswith("__")})
-    module.__package__ = original.__globals__["__package__"]  # for relative imports inside the host's code
-    for key, value in vars(module).items():
+    functional.scaled_dot_product_attention = _sdpa_to(run)
+    kept = ("__builtins__", "__package__")  # the latter for relative imports inside the host's code
+    module.__dict__.update({k: v for k, v in original.__globals__.items() if not k.startswith("__") or k in kept})
+    for key, value in list(vars(module).items()):
         if value is F:
             setattr(module, key, functional)
-    if "dispatch_attention_fn" in vars(module):
-        module.dispatch_attention_fn = _dispatch_to(weakref.proxy(run), module.dispatch_attention_fn)
-
-    for made in (module, functional):
-        sys.modules[made.__name__] = made
-        weakref.finalize(run, sys.modules.pop, made.__name__, None)
+    if hasattr(module, "dispatch_attention_fn"):
+        module.dispatch_attention_fn = _dispatch_to(run, module.dispatch_attention_fn)
+    sys.modules[name] = module
     code = original.__code__
     call = types.FunctionType(code, vars(module), original.__name__, original.__defaults__, original.__closure__)
     call.__kwdefaults__ = original.__kwdefaults__

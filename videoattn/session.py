@@ -175,7 +175,8 @@ class Session:
         """Sites of one kind and head shape that decide alike share a runner, and with it a compiled graph."""
         key = (site.kind, site.heads, site.head_dim, decision)
         if key not in self._runners:
-            self._runners[key] = Runner(site.kind, decision, self.backend)
+            runner = self._runners[key] = Runner(site.kind, decision, self.backend)
+            weakref.finalize(self, rebind.forget, runner.key)
         return self._runners[key]
 
     def _kv_len(self, model: nn.Module, inputs: dict, grid: object) -> Tensor | None:
