@@ -18,11 +18,13 @@ Medians of milliseconds are printed beside the ratio, but the ratio is what was 
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,11 +80,13 @@ def compare(
     max_rounds: int = 200,
     cold_l2: bool = True,
     full_queue: bool | None = None,
+    clock: Literal["device", "host"] = "device",
 ) -> dict[str, Comparison]:
     """Time ``candidates`` against ``baseline``, called as ``f(*make_inputs(seed))``; the A/A control is named "control".
 
     ``make_inputs(seed)`` returns fresh inputs for that seed, ``check(inputs, output, baseline_output)`` returns an error
     figure or raises ``WrongOutput``. The timing takes about ``seconds``, more where ``min_rounds`` rounds take longer.
+    ``clock="host"`` times until the call returns, from an empty queue and without waiting for the device.
     """
     if "baseline" in candidates or "control" in candidates:
         raise ValueError('"baseline" and "control" are names of the helper; got a candidate with that name')
@@ -90,28 +94,32 @@ def compare(
     functions = {"baseline": baseline, "control": baseline, **candidates}
     sets = [make_inputs(0)]
     sets += [make_inputs(seed) for seed in range(1, _set_count(sets[0], device))]
-
-    errors = _checked(functions, sets[0], check)
-    timer = _CudaTimer(device, cold_l2, full_queue) if device.type == "cuda" else _CpuTimer()
+    on_device = device.type == "cuda" and clock == "device"
+    timer = _CudaTimer(device, cold_l2, full_queue) if on_device else _HostTimer(device)
     order = list(functions)
 
     def round_of(index: int) -> dict[str, list[float]]:
         turn = order[index % len(order) :] + order[: index % len(order)]
         sequence = turn + turn[::-1]
         inputs = sets[index % len(sets)]
-        times = timer.time([(lambda f=functions[name]: f(*inputs)) for name in sequence])
+        times = timer.time([functools.partial(functions[name], *inputs) for name in sequence])
         return {name: [t for n, t in zip(sequence, times, strict=True) if n == name] for name in order}
 
-    warm_up_until = time.perf_counter() + 0.1 * seconds
     started = time.perf_counter()
-    round_of(0)
-    warm_up_rounds = 1
-    while time.perf_counter() < warm_up_until:
-        round_of(warm_up_rounds)
-        warm_up_rounds += 1
-    round_seconds = (time.perf_counter() - started) / warm_up_rounds
-    rounds = max(min_rounds, min(max_rounds, int(seconds / round_seconds)))
-    results = [round_of(index) for index in range(rounds)]
+    errors = _checked(functions, sets[0], check)
+    warm_up = 0
+    while time.perf_counter() < started + 0.2 * seconds or (warm_up == 0 and time.perf_counter() < started + seconds):
+        round_of(warm_up)
+        warm_up += 1
+    results = []
+    deadline = time.perf_counter() + seconds
+    gc.collect()
+    gc.disable()
+    try:
+        while len(results) < min_rounds or (len(results) < max_rounds and time.perf_counter() < deadline):
+            results.append(round_of(len(results)))
+    finally:
+        gc.enable()
 
     for name, error in _checked(functions, make_inputs(len(sets)), check).items():
         errors[name] = max(errors[name], error)
@@ -184,12 +192,17 @@ def _set_count(inputs: Inputs, device: torch.device) -> int:
     return max(2, min(8, math.ceil(2 * l2 / max(1, sum(storages.values())))))
 
 
-class _CpuTimer:
-    """Wall time on a CPU: no flush, no queue. For tests and first looks."""
+class _HostTimer:
+    """Wall time until the call returns. On a CPU that is all there is; no flush, no queue."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
 
     def time(self, calls: list[Callable[[], Any]]) -> list[float]:
         times = []
         for call in calls:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             start = time.perf_counter_ns()
             call()
             times.append((time.perf_counter_ns() - start) / 1e6)
