@@ -12,7 +12,19 @@ _Kinds = tuple[tuple[str, Kind], ...]
 
 _FULL_AND_CROSS: _Kinds = (("*attn2", "cross"), ("*attn1", "full"))
 _JOINT: _Kinds = (("*refiner*", "text"), ("*cross*", "cross"), ("*", "joint"))
-_KANDINSKY: _Kinds = (("*text_transformer_blocks*", "text"), ("*cross_attention", "cross"), ("*", "full"))
+_KANDINSKY: _Kinds = (
+    ("*text_transformer_blocks*", "text"),
+    ("*cross_attention", "cross"),
+    ("*audio_dec_block*", "audio"),
+    ("*", "full"),
+)
+_LTX2: _Kinds = (
+    ("*audio_attn1", "audio"),
+    ("*audio_attn2", "cross"),
+    ("*audio_to_video_attn", "cross"),
+    ("*video_to_audio_attn", "cross"),
+    *_FULL_AND_CROSS,
+)
 
 KINDS: dict[str, _Kinds] = {
     "AllegroTransformer3DModel": _FULL_AND_CROSS,
@@ -35,13 +47,7 @@ KINDS: dict[str, _Kinds] = {
     "Kandinsky5Transformer3DModel": _KANDINSKY,
     "Kandinsky6SRTransformer3DModel": _KANDINSKY,
     "Kandinsky6Transformer3DModel": _KANDINSKY,
-    "LTX2VideoTransformer3DModel": (
-        ("*audio_attn1", "audio"),
-        ("*audio_attn2", "cross"),
-        ("*audio_to_video_attn", "cross"),
-        ("*video_to_audio_attn", "cross"),
-        *_FULL_AND_CROSS,
-    ),
+    "LTX2VideoTransformer3DModel": _LTX2,
     "LatteTransformer3DModel": (
         ("temporal_transformer_blocks*attn1", "temporal"),
         ("*attn2", "cross"),
@@ -51,10 +57,11 @@ KINDS: dict[str, _Kinds] = {
     "MochiTransformer3DModel": _JOINT,
     "MotifVideoTransformer3DModel": _JOINT,
     "SanaVideoTransformer3DModel": _FULL_AND_CROSS,
-    "SanaWMTransformer3DModel": _FULL_AND_CROSS,
+    "SanaWMLTX2RefinerTransformer3DModel": _LTX2,
+    "SanaWMTransformer3DModel": (("*cross_attn", "cross"),),
     "SkyReelsV2Transformer3DModel": _FULL_AND_CROSS,
-    "WanAnimate2Transformer3DModel": _FULL_AND_CROSS,
-    "WanAnimateTransformer3DModel": (("*face*", "cross"), *_FULL_AND_CROSS),
+    "WanAnimate2Transformer3DModel": (("*cross_attn", "cross"), ("*self_attn", "full")),
+    "WanAnimateTransformer3DModel": (("face_adapter*", "cross"), *_FULL_AND_CROSS),
 }
 
 
