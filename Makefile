@@ -30,10 +30,12 @@ lint: $(READY)  ## ruff's rules and ruff's format
 	$(RUN) -m ruff format --check .
 
 bench: $(READY)  ## measure on this machine's GPU; appends to benchmarks/results/
-	$(RUN) -m videoattn.cli bench all
+	$(RUN) -m videoattn.cli bench attention
+	$(RUN) -m videoattn.cli bench forward
+	$(RUN) -m videoattn.cli bench host_time
 
 targets: $(READY)  ## every bar of benchmarks/targets.toml against the results in git
-	$(RUN) -m videoattn.cli bench targets
+	$(RUN) -m videoattn.benchmarks.targets
 
 clean:  ## remove .venv and what tests and demos wrote
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,25 +20,29 @@ MAPPED = ("kernels", "pipelines", "benchmarks")  # folders of the checkout that 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Standard output of a command that must succeed."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+        [*map(str, command)], check=False, cwd=cwd, env=os.environ | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def shipped_files() -> set[str]:
+def shipped_files(tree: Path) -> set[str]:
     """What a wheel must hold: every module, and the data beside it, under its name inside videoattn."""
-    kept = [path for path in (ROOT / "videoattn").rglob("*") if path.suffix in {".py", ".toml", ".typed"}]
-    names = {path.relative_to(ROOT).as_posix() for path in kept}
-    for folder in MAPPED:
-        kept = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".toml"}]
-        names |= {f"videoattn/{path.relative_to(ROOT).as_posix()}" for path in kept}
-    return names
+    paths = [path.relative_to(tree) for folder in ("videoattn", *MAPPED) for path in (tree / folder).rglob("*")]
+    kept = [path for path in paths if path.suffix in {".py", ".toml", ".typed"}]
+    return {path.as_posix() if path.parts[0] == "videoattn" else f"videoattn/{path.as_posix()}" for path in kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    sdist: Path
+    wheel: Path  # built from that sdist
+    shipped: set[str]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> tuple[Path, Path]:
-    """(sdist, wheel built from that sdist), made offline from a copy of the tree."""
+def built(tmp_path_factory) -> Built:
+    """Made offline, from a copy of the tree."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -45,7 +50,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", cwd=tree)
     (sdist,), (wheel,) = (tree / "dist").glob("*.tar.gz"), (tree / "dist").glob("*.whl")
-    return sdist, wheel
+    return Built(sdist=sdist, wheel=wheel, shipped=shipped_files(tree))
 
 
 def empty_venv(folder: Path) -> Path:
@@ -101,25 +106,21 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "transformers
 
 
 def test_wheel_holds_exactly_our_modules(built):
-    _, wheel = built
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"videoattn", wheel.name.split("-py3")[0] + ".dist-info"}
-    assert {name for name in names if name.startswith("videoattn/")} == shipped_files()
+    names = zipfile.ZipFile(built.wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"videoattn", built.wheel.name.split("-py3")[0] + ".dist-info"}
+    assert {name for name in names if name.startswith("videoattn/")} == built.shipped
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_installs_and_runs_in_an_empty_environment(built, kind, tmp_path):
-    sdist, wheel = built
     python = empty_venv(tmp_path / "venv")
-    source = wheel if kind == "wheel" else sdist
     install = ("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
-    run(sys.executable, "-m", "pip", "--python", python, *install, source, cwd=tmp_path)
-    modules = sorted(name[: -len(".py")].replace("/", ".") for name in shipped_files() if name.endswith(".py"))
-    modules = [name.removesuffix(".__init__") for name in modules]
+    run(sys.executable, "-m", "pip", "--python", python, *install, getattr(built, kind), cwd=tmp_path)
+    modules = [name.removesuffix(".py").removesuffix("/__init__") for name in built.shipped if name.endswith(".py")]
     script = f"""
 import importlib, videoattn
-for name in {modules!r}:
-    importlib.import_module(name)
+for name in {sorted(modules)!r}:
+    importlib.import_module(name.replace("/", "."))
 print(videoattn.__file__)
 """
     assert Path(run(python, "-c", script, cwd=tmp_path).strip()).is_relative_to(tmp_path / "venv")
@@ -127,7 +128,6 @@ print(videoattn.__file__)
 
 
 def test_sdist_holds_what_the_wheel_needs(built):
-    sdist, _ = built
-    with tarfile.open(sdist) as archive:
+    with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE"} <= names

@@ -1,0 +1,155 @@
+"""What works in this environment, and what does not. Nothing is guessed: versions are read, kernels are tried."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+
+from videoattn.backend import backends
+from videoattn.call import Call
+from videoattn.policy import EXACT
+from videoattn.testing import assert_close_to_oracle, make_qkv
+
+State = Literal["ok", "note", "broken"]
+_COLOUR = {"ok": "green", "note": "yellow", "broken": "red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One fact; `why` says what is wrong, or what follows from it."""
+
+    name: str
+    found: str
+    state: State = "ok"
+    why: str = ""
+
+
+def examine() -> list[Check]:
+    """Every check, in the order in which they are shown."""
+    return [*_python(), *_packages(), _hugging_face_kernels(), _video_encoder(), *_device(), *_attention()]
+
+
+def show(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="videoattn doctor", title_justify="left")
+    for column in ("", "what", "found", "why"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(f"[{_COLOUR[check.state]}]{check.state}", check.name, check.found, check.why)
+    Console().print(table)
+
+
+def _python() -> Iterator[Check]:
+    yield Check(name="python", found=f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _packages() -> Iterator[Check]:
+    """What pyproject.toml asks for, as the installed metadata of videoattn says it."""
+    for text in importlib.metadata.requires("videoattn") or []:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(
+                name=wanted.name, found="missing", state="broken", why=f"pip install '{wanted.name}{wanted.specifier}'"
+            )
+            continue
+        fits = wanted.specifier.contains(found, prereleases=True)
+        why = "" if fits else f"tested with {wanted.specifier}"
+        yield Check(name=wanted.name, found=found, state="ok" if fits else "broken", why=why)
+
+
+def _hugging_face_kernels() -> Check:
+    """`import kernels` must find Hugging Face's package or nothing: a folder of that name on sys.path may hide it."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is None or spec.origin is None:  # none, or a bare folder, which any installed package takes precedence over
+        return Check(name="kernels (Hugging Face)", found="not installed", why="optional")
+    try:
+        distribution = importlib.metadata.distribution("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        distribution = None
+    if distribution is None or Path(distribution.locate_file("kernels/__init__.py")) != Path(spec.origin):
+        return Check(
+            name="kernels (Hugging Face)", found=spec.origin, state="broken", why="hides Hugging Face's package"
+        )
+    return Check(name="kernels (Hugging Face)", found=distribution.version)
+
+
+def _video_encoder() -> Check:
+    import imageio_ffmpeg
+
+    try:
+        return Check(name="ffmpeg", found=imageio_ffmpeg.get_ffmpeg_version())
+    except (RuntimeError, OSError) as error:
+        return Check(name="ffmpeg", found="missing", state="broken", why=str(error))
+
+
+def _device() -> Iterator[Check]:
+    if not torch.cuda.is_available():
+        why = "every preset computes exactly here, and no speed-up is to be expected"
+        yield Check(name="GPU", found="none", state="note", why=why)
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
+        yield Check(name=f"GPU {index}", found=found + f"{properties.major}.{properties.minor}")
+    yield Check(name="driver", found=_driver())
+    if torch.version.hip:
+        yield Check(
+            name="ROCm", found=torch.version.hip, state="note", why="not tested: torch's own choice of SDPA runs"
+        )
+    else:
+        cudnn = torch.backends.cudnn.version()
+        yield Check(name="CUDA", found=f"{torch.version.cuda}, cuDNN {cudnn}")
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown: no nvidia-smi"
+
+
+def _attention() -> Iterator[Check]:
+    """Every attention backend on a small call, against the fp64 oracle."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = make_qkv(2, 256, 256, 4, 64, dtype=dtype, device=device)
+    call = Call(
+        kind="full",
+        layout="BNHD",
+        batch=2,
+        q_len=256,
+        kv_len=256,
+        heads=4,
+        kv_heads=4,
+        head_dim=64,
+        dtype=dtype,
+        device=device,
+    )
+    for backend in backends():
+        reason = backend.refuses(call, EXACT)
+        if reason is not None:
+            yield Check(name=backend.name, found="refuses", state="note", why=reason)
+            continue
+        try:
+            out = backend.plan(call, EXACT)(q, k, v, None, None, None)
+            assert_close_to_oracle(out, q, k, v)
+        except (RuntimeError, AssertionError) as error:
+            yield Check(name=backend.name, found="fails", state="broken", why=str(error))
+        else:
+            yield Check(name=backend.name, found=f"works, {str(dtype).removeprefix('torch.')} on {device}")
