@@ -60,9 +60,10 @@ def test_example_on_a_real_model(example, written, no_downloads, capsys):
 
 
 @pytest.mark.parametrize("code", README, ids=[code.splitlines()[-1] for code in README])
-def test_readme_code_runs(code, no_downloads):
-    pipe = tiny_pipelines.build("wan")
-    exec(compile(code, "README.md", "exec"), {"torch": torch, "videoattn": videoattn, "pipe": pipe})
+def test_readme_code_runs(code, no_downloads, tmp_path):
+    script = tmp_path / "readme.py"
+    script.write_text(code)
+    runpy.run_path(str(script), {"torch": torch, "videoattn": videoattn, "pipe": tiny_pipelines.build("wan")})
 
 
 def test_demo_shows_both_runs_and_what_was_swapped(monkeypatch, tmp_path, capsys):
