@@ -63,10 +63,18 @@ def load(name: str, *, device: torch.device | str, dtype: torch.dtype | None = N
     return getattr(diffusers, entry["pipeline"])(**parts)
 
 
-def denoiser(name: str, *, device: torch.device | str, dtype: torch.dtype | None = None, seed: int = 0) -> nn.Module:
-    """The model's denoiser alone, in eval mode."""
+def denoiser(
+    name: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    overrides: Spec | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The model's denoiser alone, in eval mode. ``overrides`` replace values of its config, for a smaller model."""
     entry = spec(name)
-    return build(_denoiser_config(entry), device=device, dtype=dtype or getattr(torch, entry["dtype"]), seed=seed)
+    config = {**_denoiser_config(entry), **(overrides or {})}
+    return build(config, device=device, dtype=dtype or getattr(torch, entry["dtype"]), seed=seed)
 
 
 def inputs(
@@ -78,6 +86,7 @@ def inputs(
     *,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
+    overrides: Spec | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The keyword arguments of one call of ``denoiser(name)``: shapes, layouts and masks as the pipeline gives them.
@@ -88,7 +97,7 @@ def inputs(
     entry = spec(name)
     default = entry["sizes"][0]
     size = tuple(given or usual for given, usual in zip((height, width, frames), default, strict=True))
-    config = _denoiser_config(entry)
+    config = {**_denoiser_config(entry), **(overrides or {})}
     return denoiser_inputs.make(
         entry,
         config,

@@ -1,0 +1,146 @@
+# videoattn
+"""Whole denoiser forwards at real sizes with random weights: as diffusers runs them, and after ``enable_fast_attention``.
+
+Both run on the same weights, eager, launch gaps included, because that is what a user waits for. rel_l2 is the patched
+output against the unpatched one, not against an fp32 reference: at these depths two exact kernels differ by a percent.
+Peak memory of either, allocated above what was there before the call, goes to ``forward_memory.csv``.
+
+    python -m videoattn.benchmarks.forward --preset exact            # three minutes on an H200
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import videoattn
+from videoattn.benchmarks import models, results, timing
+
+CASES = (
+    ("wan-1.3b", (480, 832, 81)),
+    ("wan-14b-8l", (720, 1280, 81)),
+    ("svd-xt", (576, 1024, 25)),
+    ("animatediff", (512, 512, 16)),
+    ("animatediff", (576, 1024, 16)),
+    ("modelscope", (256, 256, 16)),
+    ("cogvideox-5b", (480, 720, 49)),
+    ("ltx", (512, 704, 161)),
+)
+TOLERANCE = {"exact": 0.05, "balanced": 0.3, "fast": 1.0}  # rel_l2 beyond which a run is wrong and not merely rounded
+
+
+def twin(denoiser: nn.Module) -> nn.Module:
+    """A second module tree on the very same parameters and buffers."""
+    tensors = itertools.chain(denoiser.parameters(), denoiser.buffers())
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
+
+
+def check(limit: float) -> timing.Check:
+    def error(inputs: timing.Inputs, out: torch.Tensor, reference: torch.Tensor) -> float:
+        rel_l2 = float((out.float() - reference.float()).norm() / reference.float().norm())
+        if not rel_l2 <= limit:
+            raise timing.WrongOutput(f"wanted the unpatched output within {limit}, got rel_l2 {rel_l2:.2e}")
+        return rel_l2
+
+    return error
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one call allocates above what was allocated before it, at its peak."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure(
+    name: str,
+    size: tuple[int, int, int],
+    preset: str,
+    device: torch.device,
+    seconds: float,
+    overrides: models.Spec | None,
+) -> tuple[timing.Comparison, dict[str, int], videoattn.reports.Report]:
+    """Patched against unpatched, peak bytes of both (empty on a CPU), and the report of what was patched."""
+    plain = models.denoiser(name, device=device, overrides=overrides)
+    fast = videoattn.enable_fast_attention(twin(plain), preset)
+
+    def run(denoiser: nn.Module) -> Callable[..., torch.Tensor]:
+        @torch.no_grad()
+        def forward(kwargs: dict[str, object]) -> torch.Tensor:
+            return denoiser(**kwargs)[0]
+
+        return forward
+
+    def inputs(seed: int) -> timing.Inputs:
+        return (models.inputs(name, *size, device=device, overrides=overrides, seed=seed),)
+
+    result = timing.compare(
+        run(plain),
+        {preset: run(fast)},
+        inputs,
+        check(TOLERANCE[preset]),
+        device=device,
+        seconds=seconds,
+        min_rounds=3,
+        full_queue=False,
+    )[preset]
+    arguments = inputs(0)
+    peaks = {}
+    if device.type == "cuda":
+        peaks = {who: peak(lambda f=f: run(f)(*arguments), device) for who, f in (("unpatched", plain), (preset, fast))}
+    return result, peaks, videoattn.report(fast)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time whole denoiser forwards, patched against unpatched.")
+    results.add_arguments(parser)
+    parser.add_argument("--preset", default="exact", choices=tuple(TOLERANCE))
+    parser.add_argument("--seconds", type=float, default=8.0, help="a case; at least three rounds of six forwards")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    env, device = results.environment(args.commit), torch.device(args.device)
+    chosen = [(f"{name} {'x'.join(map(str, size))}", name, size) for name, size in CASES]
+    chosen = [case for case in chosen if args.only in case[0]]
+    if not chosen:
+        raise ValueError(f"--only {args.only!r}: wanted a part of one of {[name for name, _ in CASES]}")
+    for case, name, size in chosen:
+        result, peaks, report = measure(name, size, args.preset, device, args.seconds, None)
+        print(f"{case}: {result}\n{report}", flush=True)
+        row = {
+            "case": case,
+            "shape": f"batch {models.spec(name)['batch']}",
+            "dtype": models.spec(name)["dtype"],
+            "layout": None,
+            "kernel": args.preset,
+            "baseline": "eager",
+            "median_ms": result.median_ms,
+            "baseline_ms": result.baseline_ms,
+            "ratio": result.ratio,
+            "ci_lo": result.ci_lo,
+            "ci_hi": result.ci_hi,
+            "tflops": None,
+            "gbs": None,
+            "rel_l2": result.error,
+            "verdict": result.verdict,
+        }
+        results.append("forward", [row], env, args.results)
+        if peaks:
+            values = [(f"peak_{who}", count / 2**30, "GiB") for who, count in peaks.items()]
+            values.append((f"peak_ratio_{args.preset}", peaks[args.preset] / peaks["unpatched"], "patched/unpatched"))
+            figures = [{"case": case, "metric": m, "value": v, "unit": u} for m, v, u in values]
+            results.append_figures("forward_memory", figures, env, args.results)
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
