@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+CHECKOUT = (HERE.parent / "pyproject.toml").is_file()
+RESULTS = HERE / "results" if CHECKOUT else Path("benchmarks") / "results"
 ENVIRONMENT = ("date", "commit", "dirty", "gpu", "driver", "torch", "triton", "diffusers")
 COLUMNS = ENVIRONMENT + (
     "case",
@@ -48,7 +50,7 @@ CODE = ("videoattn", "kernels", "pipelines", "benchmarks/*.py", "benchmarks/*.to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The two options that every benchmark has: where the rows go, and which commit was measured."""
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the CSV files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", help="HASH or HASH-dirty, or a file that holds it; default: ask git")
 
 
@@ -114,6 +116,8 @@ def _text(value: object) -> str:
 def _commit(commit: str | None) -> str:
     if commit is not None:
         return Path(commit).read_text().strip() if Path(commit).is_file() else commit
+    if not CHECKOUT:
+        return f"v{_version('videoattn')}"
     head = _run("git", "-C", str(HERE), "rev-parse", "HEAD")
     if head is None:
         raise ValueError("no git repository here: name the measured commit with --commit")
@@ -145,7 +149,7 @@ def _run(*command: str) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Append CSV files that were measured elsewhere to the results here.")
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     for file in args.files:
         rows = read(file)

@@ -135,6 +135,8 @@ def _value(row: Row, metric: str) -> float | None:
 def _current(commit: str, files: tuple[str, ...], repository: Path) -> bool:
     """Whether ``commit`` holds the last change of ``files``; a commit that the repository does not know is not current."""
     last = _git(repository, "log", "-1", "--format=%H", "--", *files) if files else ""
+    if last is None:
+        raise ValueError(f"wanted a git repository, to tell which figures are stale; got {repository}")
     return not last or _git(repository, "merge-base", "--is-ancestor", last, commit) is not None
 
 
@@ -146,7 +148,7 @@ def _git(repository: Path, *arguments: str) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Print where every bar of targets.toml stands.")
     parser.add_argument("--targets", type=Path, default=results.HERE / "targets.toml")
-    parser.add_argument("--results", type=Path, default=results.HERE / "results")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--repository", type=Path, default=results.HERE.parent)
     parser.add_argument("--only", default="", help="only targets whose id contains this")
     args = parser.parse_args(argv)

@@ -1,0 +1,28 @@
+# videoattn
+"""Every benchmark of this folder in one go.
+
+python -m videoattn.benchmarks.all --results FOLDER --commit HASH        # seven to eight minutes on an H200
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from videoattn.benchmarks import attention, forward, host_time, results
+
+# in the order of worth: a run that is cut short has shown most
+SCRIPTS = (host_time, forward, attention)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run every benchmark, each with its defaults.")
+    results.add_arguments(parser)
+    args = parser.parse_args(argv)
+    common = ["--results", str(args.results), *(["--commit", args.commit] if args.commit else [])]
+    for script in SCRIPTS:
+        script.main(common)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
