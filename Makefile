@@ -30,9 +30,7 @@ lint: $(READY)  ## ruff's rules and ruff's format
 	$(RUN) -m ruff format --check .
 
 bench: $(READY)  ## measure on this machine's GPU; appends to benchmarks/results/
-	$(RUN) -m videoattn.cli bench attention
-	$(RUN) -m videoattn.cli bench forward
-	$(RUN) -m videoattn.cli bench host_time
+	$(RUN) -m videoattn.benchmarks.all
 
 targets: $(READY)  ## every bar of benchmarks/targets.toml against the results in git
 	$(RUN) -m videoattn.benchmarks.targets

@@ -180,5 +180,5 @@ def test_black_frames_are_not_written_in_silence(bad, tmp_path):
     frames[2, 3, 4] = bad
     with pytest.raises(ValueError, match="NaN or infinities"):
         write_video(frames, tmp_path / "video.mp4")
-    with pytest.raises(ValueError, match=r"wanted \[F, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"wanted \[T, H, W, 3\]"):
         write_video(frames[..., 0], tmp_path / "video.mp4")

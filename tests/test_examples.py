@@ -66,20 +66,25 @@ def test_readme_code_runs(code, no_downloads, tmp_path):
     runpy.run_path(str(script), {"torch": torch, "videoattn": videoattn, "pipe": tiny_pipelines.build("wan")})
 
 
-def test_demo_shows_both_runs_and_what_was_swapped(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("family", "pipeline", "psnr"),
+    [("wan", "WanPipeline", "identical"), ("ltx", "LTXPipeline", r"\d+\.\d dB")],  # LTX rotates in another order
+)
+def test_demo_shows_both_runs_and_what_was_swapped(family, pipeline, psnr, monkeypatch, tmp_path, capsys):
     model = tmp_path / "model"
-    tiny_pipelines.build("wan").save_pretrained(model)
-    sizes = ("--steps", "2", "--height", "48", "--width", "64", "--frames", "9")
+    tiny_pipelines.build(family).save_pretrained(model)
+    sizes = ("--steps", "2", "--height", "32", "--width", "64", "--frames", "9")
     arguments = ("--model", str(model), "--prompt", "a red cube", *sizes, "--preset", "exact", "--out", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["text_to_video.py", *arguments])
     monkeypatch.setenv("COLUMNS", "200")
     runpy.run_path(str(ROOT / "examples" / "text_to_video.py"), run_name="__main__")
 
     printed = capsys.readouterr().out
-    for expected in ("seconds", "denoiser calls", "peak memory", "PSNR", "WanPipeline, policy exact"):
+    for expected in ("seconds", "denoiser calls", "peak memory", "PSNR", f"{pipeline}, policy exact"):
         assert expected in printed
     if not torch.cuda.is_available():
-        assert "identical" in printed and "no speed-up is to be expected" in printed
+        assert re.search(psnr, printed) and "no speed-up is to be expected" in printed
+        assert ("Noise floor" in printed) == (psnr != "identical")
     baseline, fast = (iio.imread(tmp_path / name) for name in ("baseline.mp4", "fast.mp4"))
-    assert baseline.shape == fast.shape == (9, 48, 64, 3)
+    assert baseline.shape == fast.shape == (9, 32, 64, 3)
     assert np.asarray(Image.open(tmp_path / "contact_sheet.png")).std() > 0

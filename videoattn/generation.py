@@ -1,6 +1,6 @@
 """One generation, timed and measured: what the command line, the demo and the benchmarks of whole pipelines share.
 
-Shape letters: F frames, H height, W width in pixels.
+Shape letters: T frames, H height, W width in pixels.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Generation:
     """What one call of a pipeline gave and cost."""
 
     frames: np.ndarray
-    """[F, H, W, 3] float32 in 0..1, before any video codec."""
+    """[T, H, W, 3] float32 in 0..1, before any video codec."""
     seconds: float
     """Of the whole call: text encoder, denoiser, VAE."""
     calls: int

@@ -1,6 +1,6 @@
 """Frames on disk: an mp4, and a contact sheet that shows several videos at a glance.
 
-Shape letters: F frames, H height, W width in pixels. Frames are [F, H, W, 3], floating, in 0..1.
+Shape letters: T frames, H height, W width in pixels. Frames are [T, H, W, 3], floating, in 0..1.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _spread(frames: np.ndarray, columns: int) -> list[np.ndarray]:
 
 def _checked(name: str, frames: np.ndarray) -> np.ndarray:
     if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-        raise ValueError(f"{name}: wanted [F, H, W, 3] with F > 0, got {frames.shape}")
+        raise ValueError(f"{name}: wanted [T, H, W, 3] with T > 0, got {frames.shape}")
     if not np.isfinite(frames).all():
         raise ValueError(f"{name}: wanted finite pixels, got NaN or infinities")
     return frames
