@@ -27,8 +27,7 @@ class ReboundProcessor(FastProcessor):
 
     def bind(self, run) -> None:
         self.run = run
-        host_class = type(self.host)
-        self.call = host_class.__call__ if run is None else _rebound_call(host_class, run)
+        self.call = None if run is None else _rebound_call(type(self.host), run)
 
     def __reduce__(self):
         return rebind, (self.host,)
@@ -49,7 +48,8 @@ def refuses(host) -> str | None:
 def rebind(host) -> ReboundProcessor:
     """A processor that runs the host's code on our runner, once `bind` has named one."""
     processor = object.__new__(_rebound_class(type(host)))
-    processor.__dict__.update(host.__dict__)
+    switches = ("_attention_backend", "_parallel_config")  # what was set before enabling stays with the host
+    processor.__dict__.update({k: v for k, v in vars(host).items() if k not in switches})
     FastProcessor.__init__(processor, host)
     processor.bind(None)
     return processor
@@ -60,25 +60,19 @@ def _rebound_class(host_class: type) -> type:
     # The host filters keyword arguments by the signature of __call__: keep it.
     @functools.wraps(host_class.__call__)
     def __call__(self, *args, **kwargs):
-        return self.call(self, *args, **kwargs)
+        return self.host(*args, **kwargs) if self.call is None else self.call(self, *args, **kwargs)
 
     return type(f"Fast{host_class.__name__}", (ReboundProcessor, host_class), {"__call__": __call__})
 
 
-_calls: dict[int, dict[type, types.FunctionType]] = {}  # by the runner's key
-
-
-def forget(key: int) -> None:
-    """Drop what was made for the runner of that key."""
-    for call in _calls.pop(key, {}).values():
-        del sys.modules[call.__globals__["__name__"]]
+_calls: dict[tuple[type, int], types.FunctionType] = {}  # by host class and the runner's key: few, and kept
 
 
 def _rebound_call(host_class: type, run) -> types.FunctionType:
-    calls = _calls.setdefault(run.key, {})
-    if host_class not in calls:
-        calls[host_class] = _make_call(host_class, run)
-    return calls[host_class]
+    key = (host_class, run.key)
+    if key not in _calls:
+        _calls[key] = _make_call(host_class, run)
+    return _calls[key]
 
 
 def _make_call(host_class: type, run) -> types.FunctionType:
@@ -86,22 +80,22 @@ def _make_call(host_class: type, run) -> types.FunctionType:
     name = f"videoattn._rebound.{host_class.__module__}.{host_class.__name__}.{run.key}"
     module, functional = types.ModuleType(name), types.ModuleType(f"{name}.functional")
     functional.__dict__.update({k: v for k, v in vars(F).items() if not k.startswith("__")})
-    functional.scaled_dot_product_attention = _sdpa_to(run)
+    functional.scaled_dot_product_attention = _sdpa_to(run.entry)
     kept = ("__builtins__", "__package__")  # the latter for relative imports inside the host's code
     module.__dict__.update({k: v for k, v in original.__globals__.items() if not k.startswith("__") or k in kept})
     for key, value in list(vars(module).items()):
         if value is F:
             setattr(module, key, functional)
     if hasattr(module, "dispatch_attention_fn"):
-        module.dispatch_attention_fn = _dispatch_to(run, module.dispatch_attention_fn)
+        module.dispatch_attention_fn = _dispatch_to(run.entry, module.dispatch_attention_fn)
     sys.modules[name] = module
-    code = original.__code__
+    code = original.__code__.replace()  # a copy: torch.compile tells functions apart by their code objects
     call = types.FunctionType(code, vars(module), original.__name__, original.__defaults__, original.__closure__)
     call.__kwdefaults__ = original.__kwdefaults__
     return call
 
 
-def _sdpa_to(run):
+def _sdpa_to(attend):
     def scaled_dot_product_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ):
@@ -109,12 +103,12 @@ def _sdpa_to(run):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        return run(query, key, value, attn_mask, None, scale, "BHND", is_causal)
+        return attend(query, key, value, attn_mask, None, scale, "BHND", is_causal)
 
     return scaled_dot_product_attention
 
 
-def _dispatch_to(run, host_dispatch):
+def _dispatch_to(attend, host_dispatch):
     def dispatch_attention_fn(
         query,
         key,
@@ -146,6 +140,6 @@ def _dispatch_to(run, host_dispatch):
             )
         if attn_mask is not None and attn_mask.ndim == 2:  # [B, Nk], as the host's native backend reads it
             attn_mask = attn_mask[:, None, None, :]
-        return run(query, key, value, attn_mask, None, scale, "BNHD", is_causal)
+        return attend(query, key, value, attn_mask, None, scale, "BNHD", is_causal)
 
     return dispatch_attention_fn

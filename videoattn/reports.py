@@ -93,6 +93,8 @@ def _rows(session: Session, patch: Patch) -> list[SiteRow]:
     rows = []
     for plan in run.plans.values():
         call = plan.call
+        if (site.heads or call.heads, site.head_dim or call.head_dim) != (call.heads, call.head_dim):
+            continue  # another level of a UNet
         rows.append(
             SiteRow(
                 name=site.name,

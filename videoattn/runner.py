@@ -3,12 +3,17 @@
 Eager calls look the plan up by shape and go straight to it. While torch.compile traces, the call becomes one operator,
 `videoattn::attend`, which does the same look-up when the graph runs: nothing is decided inside a compiled graph, and a
 new shape or step needs no new graph.
+
+A graph knows its runner by a number that stands for what is computed (kind, decision, backend), not for the object:
+enabling again with the same settings, on this or another pipeline, needs no new graph, and other settings need one.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +49,20 @@ class Runner:
         self.decision = decision
         self.backend = backend
         self.plans: dict[tuple, Plan] = {}
-        self.key = next(_keys)  # a compiled graph knows the runner by this number
-        _runners[self.key] = self
+        self.key = _key(kind, decision, backend)
+        self.serve()
+
+    def __reduce__(self):  # a copy makes its own plans
+        return Runner, (self.kind, self.decision, self.backend)
+
+    def serve(self) -> None:
+        """Take the calls of compiled graphs and of `entry` from now on; whoever shares the key computes the same."""
+        _serving[self.key] = self
+
+    @property
+    def entry(self) -> Callable[..., Tensor]:
+        """A function with the arguments of a call, the same one for all runners of this key: it reaches who serves."""
+        return _entry(self.key)
 
     def __call__(
         self,
@@ -118,8 +135,24 @@ class Runner:
         return Plan(call, choice, choice.backend.plan(call, choice.decision))
 
 
-_keys = itertools.count()
-_runners: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_serving: weakref.WeakValueDictionary[int, Runner] = weakref.WeakValueDictionary()
+
+
+@functools.cache
+def _key(kind: Kind, decision: Decision, backend: str) -> int:
+    return next(_numbers)
+
+
+@functools.cache
+def _entry(key: int) -> Callable[..., Tensor]:
+    def attend(q, k, v, mask=None, kv_len=None, scale=None, layout="BNHD", causal=False):
+        if torch.compiler.is_compiling():
+            return torch.ops.videoattn.attend(q, k, v, mask, kv_len, scale, layout, causal, key)
+        return _serving[key](q, k, v, mask, kv_len, scale, layout, causal)
+
+    return attend
+
 
 _library = torch.library.Library("videoattn", "DEF")
 _library.define(
@@ -129,7 +162,7 @@ _library.define(
 
 
 def _attend(q, k, v, mask, kv_len, scale, layout, causal, runner):
-    out = _runners[runner](q, k, v, mask, kv_len, scale, layout, causal)
+    out = _serving[runner](q, k, v, mask, kv_len, scale, layout, causal)
     # One stride order for every kernel, as the fake below promises to the compiler.
     return out.contiguous() if layout == "BNHD" else out.transpose(1, 2).contiguous().transpose(1, 2)
 

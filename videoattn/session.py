@@ -149,6 +149,8 @@ class Session:
             if followed or switched or phase != self._phase or ours.run is None:
                 self._bind(patch, step, switched)
         self._phase = phase
+        for runner in self._runners.values():
+            runner.serve()
 
     def _follow(self, patch: Patch, processor: object) -> Patch:
         """The host or the user has swapped the processor since: fused projections, an IP-Adapter, FreeNoise."""
@@ -172,11 +174,10 @@ class Session:
             ours.bind(run)
 
     def _runner(self, site: Site, decision: Decision) -> Runner:
-        """Sites of one kind and head shape that decide alike share a runner, and with it a compiled graph."""
-        key = (site.kind, site.heads, site.head_dim, decision)
+        """Sites of one kind that decide alike share a runner, and with it a compiled graph."""
+        key = (site.kind, decision)
         if key not in self._runners:
-            runner = self._runners[key] = Runner(site.kind, decision, self.backend)
-            weakref.finalize(self, rebind.forget, runner.key)
+            self._runners[key] = Runner(site.kind, decision, self.backend)
         return self._runners[key]
 
     def _kv_len(self, model: nn.Module, inputs: dict, grid: object) -> Tensor | None:
