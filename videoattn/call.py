@@ -71,7 +71,7 @@ class Step:
         generation: running number of the generation since attention was enabled, from 0.
         index: the scheduler's step, from 0.
         total: number of steps of this generation; 0 where it is not known.
-        branch: guidance branch: the host's cache_context name where it sets one, else "0", "1", ... in calling order.
+        branch: guidance branch: "0", "1", ... in the order in which the host calls the denoiser within a step.
         grid: the video tokens, or None where the adapter cannot tell.
     """
 

@@ -44,13 +44,18 @@ class Clock:
 
 
 def _index(scheduler, timesteps: torch.Tensor, timestep: object) -> int:
-    """The scheduler's own count, or the place of the timestep in the schedule, read without synchronising."""
+    """The scheduler's own count, or the place of the timestep in the schedule; only the last resort synchronises."""
     step_index = getattr(scheduler, "step_index", None)
     if step_index is not None:
         return step_index
     if isinstance(timestep, torch.Tensor) and _shares_storage(timestep, timesteps):
-        return timestep.storage_offset() - timesteps.storage_offset()
-    return 0  # schedulers that count set step_index in their first step()
+        return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+    if hasattr(scheduler, "step_index"):  # it begins to count in its first step()
+        return getattr(scheduler, "begin_index", None) or 0
+    if timestep is None:
+        return 0
+    first = torch.as_tensor(timestep, device=timesteps.device).flatten()[0]
+    return int((timesteps - first).abs().argmin())
 
 
 def _shares_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
