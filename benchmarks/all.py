@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     results.add_arguments(parser)
     args = parser.parse_args(argv)
     common = ["--results", str(args.results), *(["--commit", args.commit] if args.commit else [])]
-    for script in SCRIPTS:
-        script.main(common)
-    return 0
+    if args.samples:
+        common += ["--samples", str(args.samples)]
+    return max([script.main(common) for script in SCRIPTS])
 
 
 if __name__ == "__main__":

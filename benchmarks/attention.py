@@ -155,6 +155,14 @@ def measure(problem: Problem, seconds: float) -> dict[str, timing.Comparison]:
         and problem.affords(backend)
         and (problem.has_kv_len or backend.name != "sdpa")  # without a mask that is the control
     }
+    inputs = problem.inputs(0)
+    for name, run in list(candidates.items()):
+        try:
+            run(*inputs)
+        except RuntimeError as error:  # how torch's kernels say that they do not take a call
+            del candidates[name]
+            print(f"  {name} refuses {problem.shape.name}: {str(error).splitlines()[0]}")
+    del inputs
     compared = timing.compare(
         problem.as_diffusers,
         candidates,
@@ -162,14 +170,18 @@ def measure(problem: Problem, seconds: float) -> dict[str, timing.Comparison]:
         problem.error,
         device=problem.device,
         seconds=seconds,
-        min_rounds=2,
+        min_rounds=3,
     )
     control = compared.pop("control")
     return compared if problem.has_kv_len else {"sdpa": control, **compared}
 
 
+def work(shape: Shape) -> int:
+    """Floating-point operations of the two matrix products, masks not deducted."""
+    return 4 * shape.batch * shape.heads * shape.q_len * shape.kv_len * shape.head_dim
+
+
 def row(case: str, shape: Shape, name: str, result: timing.Comparison) -> dict[str, object]:
-    flops = 4 * shape.batch * shape.heads * shape.q_len * shape.kv_len * shape.head_dim
     elements = shape.batch * shape.head_dim * (2 * shape.q_len * shape.heads + 2 * shape.kv_len * shape.kv_heads)
     return {
         "case": case,
@@ -183,7 +195,7 @@ def row(case: str, shape: Shape, name: str, result: timing.Comparison) -> dict[s
         "ratio": result.ratio,
         "ci_lo": result.ci_lo,
         "ci_hi": result.ci_hi,
-        "tflops": flops / result.median_ms / 1e9,
+        "tflops": work(shape) / result.median_ms / 1e9,
         "gbs": elements * getattr(torch, shape.dtype).itemsize / result.median_ms / 1e6,
         "rel_l2": result.error,
         "verdict": result.verdict,
@@ -209,21 +221,28 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [
         (case_name(shape, used_by), shape)
         for shape, used_by in find_shapes.read().items()
-        if (args.only or "") in f"{case_name(shape, used_by)} {shape.name}"
-        and 4e-9 * shape.batch * shape.heads * shape.q_len * shape.kv_len * shape.head_dim <= args.max_gflop
+        if (args.only or "") in f"{case_name(shape, used_by)} {shape.name}" and work(shape) <= 1e9 * args.max_gflop
     ]
     if not chosen:
         raise ValueError(f"--only {args.only!r} --max-gflop {args.max_gflop}: no row of shapes.toml is left")
-    for case, shape in chosen:
-        compared = measure(Problem(shape, torch.device(args.device)), args.seconds / len(chosen))
-        results.append("attention", [row(case, shape, n, r) for n, r in compared.items()], env, args.results)
-        best = min(compared.values(), key=lambda r: r.median_ms)
-        print(f"{case} {shape.name}")
-        for name, result in compared.items():
+    wrong = []
+    for case, shape in sorted(chosen, key=lambda item: work(item[1])):  # a run that is cut short loses the giants
+        print(f"{case} {shape.name}", flush=True)
+        try:
+            compared = measure(Problem(shape, torch.device(args.device)), args.seconds / len(chosen))
+        except (timing.WrongOutput, torch.OutOfMemoryError) as error:
+            wrong.append(f"{case} {shape.name}: {error}")
+            continue
+        best = min(compared.values(), key=lambda result: result.median_ms)
+        rows = [row(case, shape, name, result) for name, result in compared.items()]
+        results.append("attention", rows, env, args.results)
+        for line, (name, result) in zip(rows, compared.items(), strict=True):
+            results.append_samples("attention", line, result, args.samples)
             print(f"  {'*' if result is best else ' '} {name:14s} {result}", flush=True)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    return 0
+    print("\n".join(f"FAILED {line}" for line in wrong))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from videoattn.benchmarks import models
+
+from videoattn.benchmarks import models, results
 from videoattn.benchmarks.denoiser_inputs import PROMPT_TOKENS
 
 try:
@@ -94,7 +95,7 @@ class Shape:
     @property
     def name(self) -> str:
         extra = "" if self.layout == "BNHD" else f" {self.layout}"
-        return f"{self.kind} {self.batch}x{self.heads}x{self.q_len}x{self.kv_len}x{self.head_dim}{extra}"
+        return f"{self.batch}x{self.heads}x{self.q_len}x{self.kv_len}x{self.head_dim}{extra}"
 
 
 def find(name: str, size: Iterable[int] = ()) -> Counter[Shape]:
@@ -271,6 +272,7 @@ def _toml(value: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Find every attention call of the models and write shapes.toml.")
+    results.add_arguments(parser)
     parser.add_argument("--model", action="append", help="only these; implies --print")
     parser.add_argument("--print", action="store_true", help="print the rows, write nothing")
     args = parser.parse_args(argv)
@@ -281,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     for shape in reference_rows():
         found.setdefault(shape, {})
     write(found)
+    row = {"case": "shapes.toml", "metric": "rows", "value": len(found), "unit": "rows"}
+    results.append_figures("shapes", [row], results.environment(args.commit), args.results)
     print(f"{len(found)} rows written to {SHAPES}")
     return 0
 

@@ -112,8 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [case for case in chosen if args.only in case[0]]
     if not chosen:
         raise ValueError(f"--only {args.only!r}: wanted a part of one of {[name for name, _ in CASES]}")
+    wrong = []
     for case, name, size in chosen:
-        result, peaks, report = measure(name, size, args.preset, device, args.seconds, None)
+        try:
+            result, peaks, report = measure(name, size, args.preset, device, args.seconds, None)
+        except (timing.WrongOutput, torch.OutOfMemoryError) as error:
+            wrong.append(f"{case}: {error}")
+            continue
         print(f"{case}: {result}\n{report}", flush=True)
         row = {
             "case": case,
@@ -133,13 +138,15 @@ def main(argv: list[str] | None = None) -> int:
             "verdict": result.verdict,
         }
         results.append("forward", [row], env, args.results)
+        results.append_samples("forward", row, result, args.samples)
         if peaks:
             values = [(f"peak_{who}", count / 2**30, "GiB") for who, count in peaks.items()]
             values.append((f"peak_ratio_{args.preset}", peaks[args.preset] / peaks["unpatched"], "patched/unpatched"))
             figures = [{"case": case, "metric": m, "value": v, "unit": u} for m, v, u in values]
             results.append_figures("forward_memory", figures, env, args.results)
             torch.cuda.empty_cache()
-    return 0
+    print("\n".join(f"FAILED {line}" for line in wrong))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

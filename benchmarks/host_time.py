@@ -5,7 +5,7 @@ Denoisers of the real families, so thin and on so small a video that the device 
 timed from an empty queue until it returns; both sides are divided by the attention calls of the unpatched forward.
 The table's medians are per attention call; what a call costs more is baseline_ms * (1 / ratio - 1), printed in us.
 
-    python -m videoattn.benchmarks.host_time            # two minutes; on a machine without a GPU a first look
+    python -m videoattn.benchmarks.host_time            # a minute; on a machine without a GPU a first look
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time what a patched attention call costs the host more.")
     results.add_arguments(parser)
     parser.add_argument("--preset", default="exact", choices=tuple(forward.TOLERANCE))
-    parser.add_argument("--seconds", type=float, default=12.0, help="a family")
+    parser.add_argument("--seconds", type=float, default=7.0, help="a family")
     parser.add_argument("--only", default="", help="only families whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             "verdict": result.verdict,
         }
         results.append("host_time", [row], env, args.results)
+        results.append_samples("host_time", row, result, args.samples)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from videoattn.benchmarks import denoiser_inputs
 
 try:

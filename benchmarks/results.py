@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import importlib.metadata
+import json
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+
+from videoattn.benchmarks.timing import Comparison
 
 HERE = Path(__file__).parent
 CHECKOUT = (HERE.parent / "pyproject.toml").is_file()
@@ -49,8 +53,9 @@ CODE = ("videoattn", "kernels", "pipelines", "benchmarks/*.py", "benchmarks/*.to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two options that every benchmark has: where the rows go, and which commit was measured."""
+    """What every benchmark can be told: where its rows and samples go, and which commit is measured."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--samples", type=Path, help="folder for every sample that was taken, as <script>.jsonl")
     parser.add_argument("--commit", help="HASH or HASH-dirty, or a file that holds it; default: ask git")
 
 
@@ -73,6 +78,16 @@ def environment(commit: str | None = None) -> dict[str, str]:
 def append(script: str, rows: Iterable[Mapping[str, object]], env: Mapping[str, str], folder: Path) -> Path:
     """Append timings to ``folder/<script>.csv``. Every row has exactly the columns after ``ENVIRONMENT``; None is empty."""
     return _append(folder / f"{script}.csv", COLUMNS, rows, env)
+
+
+def append_samples(script: str, row: Mapping[str, object], result: Comparison, folder: Path | None) -> None:
+    """Append what a row was made of to ``folder/<script>.jsonl``: all samples in ms, the control's noise, the clocks."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {key: row[key] for key in ("case", "shape", "layout", "kernel", "baseline")}
+    with (folder / f"{script}.jsonl").open("a") as file:
+        file.write(json.dumps({**named, **dataclasses.asdict(result)}) + "\n")
 
 
 def append_figures(script: str, rows: Iterable[Mapping[str, object]], env: Mapping[str, str], folder: Path) -> Path:

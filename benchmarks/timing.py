@@ -254,27 +254,31 @@ class _Monitor:
 
     def __init__(self, device: torch.device):
         self.readings: list[tuple[int, float, int, int]] = []
+        self.handle = None
         try:
             import pynvml
         except ImportError:
-            self.nvml = None
             return
         self.nvml = pynvml
-        pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        try:
+            pynvml.nvmlInit()
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            self._reading()
+        except pynvml.NVMLError:  # a virtual machine may hide the card's management
+            self.handle = None
 
     def read(self) -> None:
-        if self.nvml is None:
-            return
+        if self.handle is not None:
+            self.readings.append(self._reading())
+
+    def _reading(self) -> tuple[int, float, int, int]:
         n, h = self.nvml, self.handle
-        self.readings.append(
-            (
-                n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM),
-                n.nvmlDeviceGetPowerUsage(h) / 1000,
-                n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU),
-                n.nvmlDeviceGetCurrentClocksThrottleReasons(h),
-            )
+        return (
+            n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM),
+            n.nvmlDeviceGetPowerUsage(h) / 1000,
+            n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU),
+            n.nvmlDeviceGetCurrentClocksThrottleReasons(h),
         )
 
     def summary(self) -> str:
