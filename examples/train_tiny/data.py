@@ -31,20 +31,26 @@ LARGEST = Size(frames=33, height=352, width=352)
 def layouts(
     scenes: list[Scene], rng: np.random.Generator, size: Size, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `render.render` draws: things [B, K, 9] and background [B, 6]."""
-    things, backgrounds = zip(*(layout(scene, rng, size.height, size.width) for scene in scenes), strict=True)
-    return _to_device(np.stack(things), device), _to_device(np.stack(backgrounds), device)
+    """What `render.render` draws: things [B, K, 9] and background [B, 6]; K is the largest number of things."""
+    things, backgrounds = _stack(scenes, rng, size)
+    most = max(len(scene.things) for scene in scenes)
+    return _to_device(things[:, :most], device), _to_device(backgrounds, device)
 
 
 def mixed_layouts(
     count: int, rng: np.random.Generator, size: Size, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half captioned scenes of the training part, half `random_layout`: what the VAE is trained on."""
-    captioned = layouts([sample_scene(rng) for _ in range(count // 2)], rng, size)
+    captioned = _stack([sample_scene(rng) for _ in range(count // 2)], rng, size)
     free = random_layout(rng, count - count // 2, size.height, size.width)
     return tuple(_to_device(np.concatenate(both), device) for both in zip(captioned, free, strict=True))
 
 
+def _stack(scenes: list[Scene], rng: np.random.Generator, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    things, backgrounds = zip(*(layout(scene, rng, size.height, size.width) for scene in scenes), strict=True)
+    return np.stack(things), np.stack(backgrounds)
+
+
 def _to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

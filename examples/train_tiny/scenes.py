@@ -32,7 +32,7 @@ FADE = 0.12  # the top is this much lighter than mid-height, the bottom this muc
 
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
-SPEEDS = {"slowly": (0.18, 0.26), "": (0.30, 0.42), "quickly": (0.46, 0.58)}  # way covered in one clip
+SPEEDS = {"slowly": (0.20, 0.28), "": (0.34, 0.44), "quickly": (0.50, 0.60)}  # way covered in one clip
 
 RADII = (0.12, 0.18)
 MARGIN = 0.02  # a thing stays this far inside the frame
@@ -97,7 +97,7 @@ def held_out_scenes(count: int, seed: int = 0) -> list[Scene]:
     return [scenes[i] for i in np.random.default_rng(seed).permutation(len(scenes))[:count]]
 
 
-def sample_scene(rng: np.random.Generator, two_things: float = 0.25) -> Scene:
+def sample_scene(rng: np.random.Generator, two_things: float = 0.15) -> Scene:
     """A random scene of the training part; with probability `two_things` it shows two, in different colours."""
     background = rng.choice(list(BACKGROUNDS))
     things: list[Thing] = []

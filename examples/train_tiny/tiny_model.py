@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 TEXT_WIDTH = 128
 LATENT_CHANNELS = 16
-SHIFT = 3.0  # of the noise levels towards the noisy end, in training and in sampling
+SHIFT = 5.0  # of the sampler's noise levels towards the noisy end, where shape and way are decided
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 

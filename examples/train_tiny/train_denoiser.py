@@ -8,6 +8,7 @@ Shape letters: B clips, L prompt tokens, D text width.
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import whole_clip
 from data import DEMO, LARGEST, Size, layouts
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from render import render
 from scenes import sample_scene
 from tiny_model import new_text_encoder, new_tokenizer, new_transformer, save
@@ -25,33 +27,36 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 PEAK_RATE = 1e-3
 EMPTY_PROMPTS = 0.1  # for classifier-free guidance
-PROMPT_TOKENS = 24  # the longest caption has 17
+PROMPT_TOKENS = 23  # the longest caption has 18
 CONTEXT_TOKENS = 512  # WanPipeline pads the embeddings with zeros to this length and masks nothing
 MASKED = -1e4  # added to the score of a padded token; its softmax weight is exactly 0
-REUSE = 8  # how many steps a latent is drawn for, on average
+FIRST_CLIPS = 16  # batches in a pool before the first step
+REUSE = 40  # how many steps a latent is drawn for, on average
 ENCODED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """A size of the training mix, drawn with weight `share`; larger sizes need more noise, so a larger `shift`."""
+    """A size of the training mix, drawn with weight `share` once the part `start` of the time is over.
+
+    Larger sizes need more noise before a thing is lost in it, so a larger `shift` of the noise levels.
+    """
 
     size: Size
     batch: int
     share: float
     shift: float
+    start: float
 
 
 COURSES = (
-    Course(size=Size(frames=17, height=128, width=128), batch=128, share=0.15, shift=2.5),
-    Course(size=DEMO, batch=48, share=0.3, shift=3.0),
-    Course(size=Size(frames=17, height=160, width=256), batch=48, share=0.1, shift=3.0),
-    Course(size=Size(frames=33, height=256, width=256), batch=20, share=0.1, shift=4.0),
-    Course(size=LARGEST, batch=12, share=0.35, shift=5.0),
+    Course(size=Size(frames=17, height=128, width=128), batch=128, share=0.35, shift=4.0, start=0.0),
+    Course(size=DEMO, batch=48, share=0.35, shift=5.0, start=0.3),
+    Course(size=LARGEST, batch=12, share=0.3, shift=8.0, start=0.3),
 )
 SMOKE = (
-    Course(size=Size(frames=5, height=32, width=32), batch=8, share=0.5, shift=3.0),
-    Course(size=Size(frames=9, height=32, width=48), batch=8, share=0.5, shift=3.0),
+    Course(size=Size(frames=5, height=32, width=32), batch=8, share=0.5, shift=3.0, start=0.0),
+    Course(size=Size(frames=9, height=32, width=48), batch=8, share=0.5, shift=3.0, start=0.3),
 )
 
 
@@ -61,11 +66,32 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> torch.T
 
 
 def prompt_embeddings(text_encoder: UMT5EncoderModel, ids: torch.Tensor) -> torch.Tensor:
-    """ids [B, L] -> [B, CONTEXT_TOKENS, D], just what WanPipeline.encode_prompt makes of the same prompts."""
+    """ids [B, L] -> [B, L + 1, D]: what WanPipeline.encode_prompt makes of the prompts, with one zero for all its padding."""
     real = ids != text_encoder.config.pad_token_id
     mask = torch.where(real, 0.0, MASKED)[:, None, None, :]
     embeddings = text_encoder(ids, mask).last_hidden_state * real.unsqueeze(-1)
-    return F.pad(embeddings, (0, 0, 0, CONTEXT_TOKENS - ids.shape[1]))
+    return F.pad(embeddings, (0, 0, 0, 1))
+
+
+class PaddedContext(WanAttnProcessor):
+    """Cross-attention to `prompt_embeddings` that equals attention to all CONTEXT_TOKENS.
+
+    WanPipeline pads with equal zeros, so their keys and values are equal too: one of them, its softmax weight multiplied
+    by their number, stands for all, and the context shrinks from 512 tokens to 24.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.bias = torch.zeros(1, 1, 1, PROMPT_TOKENS + 1, device=device)
+        self.bias[..., -1] = math.log(CONTEXT_TOKENS - PROMPT_TOKENS)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
+
+
+def shorten_context(transformer: WanTransformer3DModel) -> None:
+    for block in transformer.blocks:
+        block.attn2.set_processor(PaddedContext(transformer.device))
 
 
 class LatentPool:
@@ -136,8 +162,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=330, help="training time")
     parser.add_argument("--peak-rate", type=float, default=PEAK_RATE)
     parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    parser.add_argument(
+        "--start-from", type=Path, help="pipeline folder whose denoiser and text encoder are trained on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    parser.add_argument("--warm-up", action="store_true", help="only fill the cache of torch.compile, one step a size")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see the script run on a CPU")
     args = parser.parse_args()
@@ -150,8 +180,13 @@ def main() -> None:
 
     vae = AutoencoderKLWan.from_pretrained(args.run / "vae").to(device).requires_grad_(False)
     tokenizer = new_tokenizer()
-    transformer = new_transformer().to(device).train()
-    text_encoder = new_text_encoder(len(tokenizer)).to(device).train()
+    if args.start_from is None:
+        transformer, text_encoder = new_transformer(), new_text_encoder(len(tokenizer))
+    else:
+        transformer = WanTransformer3DModel.from_pretrained(args.start_from / "transformer", dtype=torch.float32)
+        text_encoder = UMT5EncoderModel.from_pretrained(args.start_from / "text_encoder", dtype=torch.float32)
+    transformer, text_encoder = transformer.to(device).train(), text_encoder.to(device).train()
+    shorten_context(transformer)
     trainer = Trainer({"transformer": transformer, "text_encoder": text_encoder}, decay=0.998)
     checkpoint = args.run / "denoiser.pt"
     used = trainer.load(checkpoint) if args.resume else 0.0
@@ -166,29 +201,33 @@ def main() -> None:
     budget = Budget(args.seconds, used)
     log = Log(args.run / "denoiser.csv", ("step", "seconds", "size", "loss", "norm", "rate", "clips"))
 
-    pools = {course: LatentPool(vae, tokenizer, course.size, 256 * course.batch) for course in courses}
-    for course, pool in pools.items():
-        pool.refill(REUSE * course.batch, rng)
-        print(f"{course.size}: {course.size.tokens} tokens, first latents after {budget.used - used:.1f} s", flush=True)
+    pools = {course: LatentPool(vae, tokenizer, course.size, 512 * course.batch) for course in courses}
     steps = {
         course: GraphedStep(
             denoiser_step(transformer, text_encoder, trainer, empty_prompt, course.shift), graphed=graphed, pool=memory
         )
         for course in courses
     }
+    if args.warm_up:
+        for course in courses:
+            pools[course].refill(ENCODED_AT_ONCE, rng)
+            steps[course](**pools[course].draw(course.batch))
+        return
     calls = dict.fromkeys(courses, 0)
     losses = {course: [] for course in courses}
     next_save = budget.used + 60
     while budget.part < 1:
-        course = courses[rng.choice(len(courses), p=[course.share for course in courses])]
+        ready = [course for course in courses if course.start <= budget.part]
+        shares = np.array([course.share for course in ready])
+        course = ready[rng.choice(len(ready), p=shares / shares.sum())]
+        if calls[course] % REUSE == 0:
+            pools[course].refill(course.batch * (1 if calls[course] else FIRST_CLIPS), rng)
         rate = budget.rate(args.peak_rate)
         trainer.set_rate(rate)
         figures = steps[course](**pools[course].draw(course.batch))
         trainer.after_step()
         calls[course] += 1
         losses[course].append(figures["loss"].clone())
-        if calls[course] % REUSE == 0:
-            pools[course].refill(course.batch, rng)
         if trainer.steps % 5 == 0 and device.type == "cuda":
             torch.cuda.synchronize()  # or the queue runs ahead of the clock
         if len(losses[course]) == 50:
