@@ -21,9 +21,10 @@ from videoattn.video import write_contact_sheet, write_video
 TINY = str(Path(__file__).parent / "models" / "tiny-wan")
 TINY_SETTINGS = {
     "prompt": "a red circle moves left over a blue background",
-    "steps": 20,
-    "height": 128,
-    "width": 128,
+    "steps": 25,
+    "guidance": 3.0,
+    "height": 160,
+    "width": 160,
     "frames": 17,
 }
 

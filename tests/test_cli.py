@@ -55,6 +55,7 @@ def test_one_set_of_settings_serves_every_family(family):
         prompt="a red cube" if family != "svd" else None,
         image=generation.synthetic_image(own["width"], own["height"]) if generation.needs_image(pipe) else None,
         steps=2,
+        guidance=2.0 if family != "svd" else None,
         height=own["height"],
         width=own["width"],
         frames=own.get("num_frames", own.get("video_length")),
@@ -63,7 +64,8 @@ def test_one_set_of_settings_serves_every_family(family):
     assert plain.frames.shape == (settings.frames, own["height"], own["width"], 3)
     assert plain.frames.std() > 0.01
     assert plain.seconds > 0 and plain.peak_gib > 0
-    assert not np.array_equal(plain.frames, generation.generate(pipe, replace(settings, seed=1)).frames)
+    for change in ({"seed": 1}, {"steps": 3}, {"guidance": 5.0} if family != "svd" else {"seed": 2}):
+        assert not np.array_equal(plain.frames, generation.generate(pipe, replace(settings, **change)).frames)
 
     videoattn.enable_fast_attention(pipe, "exact")
     fast = generation.generate(pipe, settings)
@@ -81,6 +83,7 @@ def test_one_set_of_settings_serves_every_family(family):
         (["generate", "WAN"], "WanPipeline needs a prompt"),
         (["generate", "WAN", *SMALL, "--image", "first.png"], "WanPipeline takes no image, got 'first.png'"),
         (["generate", "WAN", *SMALL, "--height", "47"], "47"),
+        (["generate", "WAN", *SMALL, "--guidance", "strong"], "invalid float value: 'strong'"),
         (["generate", "WAN", *SMALL, "--steps", "0"], "steps: wanted at least 1, got 0"),
         (["generate", "WAN", *SMALL, "--preset", "turbo"], "'turbo'"),
         (["generate", "WAN", *SMALL, "--out", "video.txt"], "ends in .mp4, got video.txt"),

@@ -38,6 +38,7 @@ class Settings:
     image: str | Image | None = None
     seed: int = 0
     steps: int | None = None
+    guidance: float | None = None
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument("--image", metavar="PATH", help="first frame, for image-to-video pipelines")
     parser.add_argument("--seed", type=int, help="of the initial latents (default: 0)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the pipeline's)")
     parser.add_argument("--height", type=int, help="in pixels (default: the pipeline's)")
     parser.add_argument("--width", type=int, help="in pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, help="of the video (default: the pipeline's)")
@@ -99,9 +101,13 @@ def call_arguments(pipe: DiffusionPipeline, settings: Settings) -> dict[str, Any
         ValueError: a setting that the pipeline does not take, or a prompt or image that it needs and did not get.
     """
     takes, name = _takes(pipe), type(pipe).__name__
-    named = {"steps": "num_inference_steps", "frames": "video_length" if "video_length" in takes else "num_frames"}
+    named = {
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "frames": "video_length" if "video_length" in takes else "num_frames",
+    }
     arguments: dict[str, Any] = {}
-    for setting in ("prompt", "negative_prompt", "image", "steps", "height", "width", "frames"):
+    for setting in ("prompt", "negative_prompt", "image", "steps", "guidance", "height", "width", "frames"):
         value, argument = getattr(settings, setting), named.get(setting, setting)
         if value is None:
             continue
