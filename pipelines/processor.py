@@ -7,6 +7,16 @@ from torch import Tensor
 from videoattn.prologue import Prologue, Stream
 
 
+def _switch(name: str) -> property:
+    """One of diffusers' switches on a processor: what is set after enabling is the host's, and ours steps aside."""
+
+    def set_switch(self, value) -> None:
+        self.switches[name] = value
+        setattr(self.host, name, value)
+
+    return property(lambda self: self.switches.get(name), set_switch)
+
+
 class FastProcessor:
     """Base of the attention processors that videoattn sets on a denoiser.
 
@@ -15,12 +25,13 @@ class FastProcessor:
             back by `disable`.
     """
 
-    _attention_backend = None  # diffusers' switches: what is set here after enabling is passed on to the host
-    _parallel_config = None
+    _attention_backend = _switch("_attention_backend")
+    _parallel_config = _switch("_parallel_config")
     prologue: Prologue
 
     def __init__(self, host) -> None:
         self.host = host
+        self.switches: dict[str, object] = {}
         self.run = None
         self.kv_len: Tensor | None = None
 

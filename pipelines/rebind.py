@@ -47,22 +47,24 @@ def refuses(host) -> str | None:
 
 def rebind(host) -> ReboundProcessor:
     """A processor that runs the host's code on our runner, once `bind` has named one."""
-    processor = object.__new__(_rebound_class(type(host)))
-    switches = ("_attention_backend", "_parallel_config")  # what was set before enabling stays with the host
-    processor.__dict__.update({k: v for k, v in vars(host).items() if k not in switches})
-    FastProcessor.__init__(processor, host)
-    processor.bind(None)
-    return processor
+    return _rebound_class(type(host))(host)
 
 
 @functools.cache
 def _rebound_class(host_class: type) -> type:
+    def __init__(self, host=None):  # the host makes more of the class that it finds, without arguments
+        host = host_class() if host is None else host
+        vars(self).update(vars(host))
+        FastProcessor.__init__(self, host)
+        self.bind(None)
+
     # The host filters keyword arguments by the signature of __call__: keep it.
     @functools.wraps(host_class.__call__)
     def __call__(self, *args, **kwargs):
         return self.host(*args, **kwargs) if self.call is None else self.call(self, *args, **kwargs)
 
-    return type(f"Fast{host_class.__name__}", (ReboundProcessor, host_class), {"__call__": __call__})
+    methods = {"__init__": __init__, "__call__": __call__}
+    return type(f"Fast{host_class.__name__}", (ReboundProcessor, host_class), methods)
 
 
 _calls: dict[tuple[type, int], types.FunctionType] = {}  # by host class and the runner's key: few, and kept

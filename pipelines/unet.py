@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from diffusers.models.attention_processor import AttnProcessor2_0
+
 from videoattn.pipelines.processor import FastProcessor, project_out
 from videoattn.prologue import split_heads
 
 
 class UNetProcessor(FastProcessor):
     """Stands in for the host's AttnProcessor2_0 where its image-model options are off."""
+
+    def __init__(self, host: AttnProcessor2_0 | None = None) -> None:
+        # Loading an IP-Adapter makes more of the class that it finds, without arguments.
+        super().__init__(AttnProcessor2_0() if host is None else host)
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs

@@ -58,7 +58,7 @@ class Session:
         self.bypass = ""  # why the last forward took the host's own path, if it did
         self.clock = Clock()
         self._phase: tuple | None = None  # what the processors are bound for
-        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._pipe = _PipeReference(pipe)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._runners: dict[tuple, Runner] = {}
         self._kv_lens: list[tuple[tuple, tuple, Tensor | None]] = []
@@ -71,6 +71,9 @@ class Session:
                 + ("; ".join(sorted({patch.refusal for patch in self.patches})) or "no attention module")
             )
         self._validate_named_backend()
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_kv_lens": []}  # a copy's masks are other objects
 
     # -- patching ------------------------------------------------------------------------------------------------------
 
@@ -96,6 +99,8 @@ class Session:
                 continue
             if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2 or weight.device.type == "meta":
                 continue  # quantised or offloaded storage does not tell the dtype or the device of the call
+            if weight.device.type == "cpu" and torch.cuda.is_available():
+                continue  # nor do weights that have yet to be moved
             call = Call(
                 kind=patch.site.kind,
                 layout="BNHD",
@@ -122,6 +127,8 @@ class Session:
         """Put the host's processors back: the very same objects, or what the user has set since."""
         self._handle.remove()
         for patch in self.patches:
+            if patch.ours is not None:
+                patch.ours.bind(None)  # should the host keep it (fuse_qkv does), it does nothing of its own
             if isinstance(patch.attn.processor, FastProcessor):
                 set_processor(patch.attn, patch.attn.processor.host)
 
@@ -131,14 +138,16 @@ class Session:
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         grid = None if self.adapter.grid is None else self.adapter.grid(model, inputs)
-        pipe = None if self._pipe is None else self._pipe()
+        pipe, generation = self._pipe(), self.clock.generation
         step = self.clock.tick(getattr(pipe, "scheduler", None), inputs.get("timestep"), grid)
+        if pipe is not None and step.generation != generation:
+            self._follow_modules(model)
         kv_len = self._kv_len(model, inputs, grid)
         self.bypass = _needs_grad(model, inputs)
         phase = (self.bypass, self.policy.phase(step))
         for index, patch in enumerate(self.patches):
             processor = patch.attn.processor
-            followed = processor is not patch.ours and processor is not patch.host
+            followed = processor is not (patch.ours or patch.host)
             if followed:
                 patch = self.patches[index] = self._follow(patch, processor)
             ours = patch.ours
@@ -152,8 +161,17 @@ class Session:
         for runner in self._runners.values():
             runner.serve()
 
+    def _follow_modules(self, model: nn.Module) -> None:
+        """The host has swapped whole blocks since (FreeNoise): theirs are the sites now."""
+        known = {patch.attn: patch for patch in self.patches}
+        sites = list(self.adapter.sites(model))
+        if known.keys() != {attn for attn, _ in sites}:
+            self.patches = [known.get(attn) or self._patch(attn, site, _host(attn)) for attn, site in sites]
+
     def _follow(self, patch: Patch, processor: object) -> Patch:
-        """The host or the user has swapped the processor since: fused projections, an IP-Adapter, FreeNoise."""
+        """The host or the user has swapped the processor since: fused projections, an IP-Adapter."""
+        if patch.ours is not None:
+            patch.ours.bind(None)
         if isinstance(processor, FastProcessor):  # one of ours, put back by the host
             name = "generic" if isinstance(processor, rebind.ReboundProcessor) else self.adapter.name
             return Patch(patch.attn, patch.site, processor.host, processor, name)
@@ -167,8 +185,6 @@ class Session:
         patch.refusal = ""
         if switched:
             patch.refusal = "an attention backend or a parallel configuration of diffusers was set after enabling"
-            patch.host._attention_backend = ours._attention_backend
-            patch.host._parallel_config = ours._parallel_config
         run = None if switched or self.bypass else self._runner(patch.site, self.policy(patch.site, step))
         if run is not ours.run:
             ours.bind(run)
@@ -192,6 +208,23 @@ class Session:
         kv_len = self.adapter.kv_len(model, inputs)
         self._kv_lens = [*self._kv_lens[-3:], (key, masks, kv_len)]  # the masks stay referenced, so ids stay theirs
         return kv_len
+
+
+class _PipeReference:
+    """The pipeline, held weakly; a copy of the pipeline's denoiser made with the pipeline refers to the copy."""
+
+    def __init__(self, pipe: object) -> None:
+        self._ref = None if pipe is None else weakref.ref(pipe)
+
+    def __call__(self) -> object:
+        return None if self._ref is None else self._ref()
+
+    def __deepcopy__(self, memo: dict) -> _PipeReference:
+        pipe = self()
+        return _PipeReference(memo.get(id(pipe), pipe))
+
+    def __reduce__(self):
+        return _PipeReference, (None,)
 
 
 def session_of(model: nn.Module) -> Session | None:
