@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from videoattn.kernels.reference import attend
 
+from videoattn.kernels.reference import attend
 from videoattn.testing import assert_close_to_oracle, byte_tokenizer, make_qkv, plain_attention, poisoned_empty
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
