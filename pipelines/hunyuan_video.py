@@ -34,14 +34,22 @@ class JointProcessor(FastProcessor):
         n = video.shape[1]
         if attn.add_q_proj is None:  # single stream: one set of projections; the rotation ends where the text begins
             x = torch.cat((video, text), dim=1)
-            projections = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-            streams = (Stream(*projections, attn.norm_q, attn.norm_k, image_rotary_emb, slice(n)),)
+            stream = Stream(
+                attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k, image_rotary_emb, slice(n)
+            )
+            streams = (stream,)
         else:
-            projections = attn.to_q(video), attn.to_k(video), attn.to_v(video)
-            added = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
             streams = (
-                Stream(*projections, attn.norm_q, attn.norm_k, image_rotary_emb),
-                Stream(*added, attn.norm_added_q, attn.norm_added_k),
+                Stream(
+                    attn.to_q(video), attn.to_k(video), attn.to_v(video), attn.norm_q, attn.norm_k, image_rotary_emb
+                ),
+                Stream(
+                    attn.add_q_proj(text),
+                    attn.add_k_proj(text),
+                    attn.add_v_proj(text),
+                    attn.norm_added_q,
+                    attn.norm_added_k,
+                ),
             )
         out = self.attend(attn.heads, *streams, kv_len=self.kv_len)
 

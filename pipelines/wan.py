@@ -24,8 +24,8 @@ class WanProcessor(FastProcessor):
         context, image = encoder_hidden_states, None
         if attn.add_k_proj is not None:
             image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        q, k, v = self._project(attn, hidden_states, context)
-        q, k, v = self.prologue(attn.heads, Stream(q, k, v, attn.norm_q, attn.norm_k, rotary_emb))
+        stream = Stream(*self._project(attn, hidden_states, context), attn.norm_q, attn.norm_k, rotary_emb)
+        q, k, v = self.prologue(attn.heads, stream)
         out = self.run(q, k, v, attention_mask)
 
         if image is not None:

@@ -9,28 +9,34 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-_host: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_HOST, _MASKS = "_videoattn_host_lengths", "_videoattn_masks"  # kept on the tensor object: the cheapest look-up
 
 
 def host_lengths(kv_len: Tensor) -> tuple[int, ...]:
-    """The lengths as Python integers; synchronises the first time a tensor is seen."""
-    lengths = _host.get(kv_len)
+    """The lengths as Python integers; synchronises the first time a tensor is seen. It must not change afterwards."""
+    lengths = getattr(kv_len, _HOST, None)
     if lengths is None:
-        lengths = _host[kv_len] = tuple(kv_len.tolist())
+        lengths = tuple(kv_len.tolist())
+        setattr(kv_len, _HOST, lengths)
     return lengths
 
 
-def key_mask(kv_len: Tensor, nk: int) -> Tensor:
-    """bool [B, 1, 1, nk], True where a key counts; kept as long as `kv_len` lives."""
-    masks = _masks.get(kv_len)
+def key_mask(kv_len: Tensor, nk: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    """[B, 1, 1, nk]: bool, True where a key counts; or of a float dtype, to be added: 0 where it counts, else -inf.
+
+    Kept as long as `kv_len` lives.
+    """
+    masks = getattr(kv_len, _MASKS, None)
     if masks is None:
-        masks = _masks[kv_len] = {}
-    if nk not in masks:
-        masks[nk] = torch.arange(nk, device=kv_len.device) < kv_len.view(-1, 1, 1, 1)
-    return masks[nk]
+        masks = {}
+        setattr(kv_len, _MASKS, masks)
+    if (nk, dtype) not in masks:
+        keep = torch.arange(nk, device=kv_len.device) < kv_len.view(-1, 1, 1, 1)
+        if dtype != torch.bool:
+            keep = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill(~keep, -torch.inf)
+        masks[nk, dtype] = keep
+    return masks[nk, dtype]
 
 
 def prefix_lengths(mask: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,16 @@ Rope = tuple[Tensor, Tensor]
 """cos and sin, in the shapes that the family's `rotate` takes."""
 
 
-class Stream(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Stream:
     """The raw projections of one run of tokens (video, or text), and what turns them into q, k, v.
+
+    Consumed by a Prologue: a projection is let go as soon as what follows from it exists, as in the host's code, so that
+    the memory at the peak is the host's. Make it from calls, not from variables that keep the projections.
 
     q: [B, Nq, H*D]; k, v: [B, Nk, H*D].
     norm_q, norm_k: the host's modules: called, never read, so that offload and casting hooks keep working.
-    rope: turns the tokens of `rope_span`; None where positions are not rotary.
+    rope: turns the tokens of `rope_span` (None: all of them); None where positions are not rotary.
     """
 
     q: Tensor
@@ -31,7 +35,7 @@ class Stream(NamedTuple):
     norm_q: nn.Module | None = None
     norm_k: nn.Module | None = None
     rope: Rope | None = None
-    rope_span: slice = slice(None)
+    rope_span: slice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,32 +54,37 @@ class Prologue:
 
     def __call__(self, heads: int, *streams: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, N, H, D] of the streams one after another along N."""
-        parts = [self._finish(heads, stream) for stream in streams]
-        if len(parts) == 1:
-            return parts[0]
-        q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        return q, k, v
+        if len(streams) == 1:
+            return self._finish(heads, streams[0])
+        q, k, v = map(list, zip(*(self._finish(heads, stream) for stream in streams), strict=True))
+        joined = []
+        for parts in (q, k, v):
+            joined.append(torch.cat(parts, dim=1))
+            parts.clear()
+        return tuple(joined)
 
     def _finish(self, heads: int, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        q = self._turn(heads, stream.q, stream.norm_q, stream)
-        k = self._turn(heads, stream.k, stream.norm_k, stream)
-        return q, k, split_heads(stream.v, heads)
-
-    def _turn(self, heads: int, x: Tensor, norm: nn.Module | None, stream: Stream) -> Tensor:
-        if norm is not None and self.norm == "across_heads":
-            x = norm(x)
-        if stream.rope is not None and self.rope == "across_heads":
-            x = self.rotate(x, stream.rope)
-        x = split_heads(x, heads)
-        if norm is not None and self.norm == "per_head":
-            x = norm(x)
-        if stream.rope is not None and self.rope == "per_head":
-            span = stream.rope_span
-            if span == slice(None):
+        for name, norm in (("q", stream.norm_q), ("k", stream.norm_k)):
+            x = getattr(stream, name)
+            setattr(stream, name, None)
+            if norm is not None and self.norm == "across_heads":
+                x = norm(x)
+            if stream.rope is not None and self.rope == "across_heads":
                 x = self.rotate(x, stream.rope)
-            else:  # x is a fresh projection or norm, so its other tokens may stay where they are
-                x[:, span] = self.rotate(x[:, span], stream.rope)
-        return x
+            x = split_heads(x, heads)
+            if norm is not None and self.norm == "per_head":
+                x = norm(x)
+            if stream.rope is not None and self.rope == "per_head":
+                span = stream.rope_span
+                if span is None:
+                    x = self.rotate(x, stream.rope)
+                else:  # x is a fresh projection or norm, so its other tokens may stay where they are
+                    x[:, span] = self.rotate(x[:, span], stream.rope)
+            setattr(stream, name, x)
+            del x
+        q, k, v = stream.q, stream.k, split_heads(stream.v, heads)
+        stream.q = stream.k = stream.v = None
+        return q, k, v
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
