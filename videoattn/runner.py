@@ -79,7 +79,7 @@ class Runner:
 
         Args:
             q: [B, Nq, H, D]; k, v: [B, Nk, Hkv, D]; or [B, H, N, D] with layout "BHND".
-            mask: broadcastable to [B, H, Nq, Nk], bool (True: attend) or additive.
+            mask: broadcastable to [B, H, Nq, Nk], of two dimensions at least; bool (True: attend) or additive.
             kv_len: int32 [B]: row b attends to its first kv_len[b] keys.
             scale: factor on q k^T; 1 / sqrt(D) by default.
             layout: dimension order of q, k, v and the output.
@@ -114,6 +114,10 @@ class Runner:
             if other.dtype != q.dtype:
                 raise ValueError(f"{name} of {self.kind} attention: wanted q's {q.dtype}, got {other.dtype}")
         n, h = (1, 2) if layout == "BNHD" else (2, 1)
+        if k.shape[h] and q.shape[h] % k.shape[h]:
+            raise ValueError(
+                f"k of {self.kind} attention: wanted its heads to divide q's {q.shape[h]}, got {k.shape[h]}"
+            )
         call = Call(
             kind=self.kind,
             layout=layout,
@@ -130,7 +134,7 @@ class Runner:
             causal=causal,
         )
         choice = select(call, self.decision, self.backend)
-        if call.q_len == 0 or call.kv_len == 0:  # a row without a key is 0; no kernel is asked for an empty product
+        if 0 in (call.batch, call.q_len, call.kv_len):  # a row without a key is 0; no kernel sees an empty product
             return Plan(call, choice, lambda q, k, v, mask, kv_len, scale: torch.zeros_like(q))
         return Plan(call, choice, choice.backend.plan(call, choice.decision))
 
