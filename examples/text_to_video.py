@@ -24,9 +24,9 @@ TINY_SETTINGS = {
     "prompt": "a red circle moves left over a blue background",
     "steps": 25,
     "guidance": 3.0,
-    "height": 160,
-    "width": 160,
-    "frames": 17,
+    "height": 192,
+    "width": 192,
+    "frames": 25,
 }
 
 
