@@ -89,8 +89,8 @@ class Prologue:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H*D] as [B, N, H, D]. A view; Tensor.unflatten does the same at several times the host time."""
-    b, n, _ = x.shape
-    return x.view(b, n, heads, -1)
+    b, n, c = x.shape
+    return x.view(b, n, heads, c // heads)
 
 
 def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:
