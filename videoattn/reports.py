@@ -61,7 +61,7 @@ class Report:
         for (kind, adapter, decision, backend, shape, why, calls), sites in _group(self.sites).items():
             size = "" if shape is None else " x ".join(map(str, shape))
             table.add_row(kind, str(sites), adapter, decision, backend, size, str(calls), why)
-        console = Console(width=160, force_terminal=False, highlight=False)
+        console = Console(width=160, force_terminal=False, highlight=False, markup=False, emoji=False)
         with console.capture() as capture:
             console.print(table)
             for note in self.notes:
