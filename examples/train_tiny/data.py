@@ -24,7 +24,7 @@ class Size:
         return (1 + self.frames // 4) * (self.height // 16) * (self.width // 16)
 
 
-DEMO = Size(frames=17, height=160, width=160)
+DEMO = Size(frames=25, height=192, width=192)
 LARGEST = Size(frames=33, height=352, width=352)
 
 

@@ -87,6 +87,8 @@ def save(
     text_encoder: UMT5EncoderModel,
 ) -> None:
     """Write the pipeline in diffusers' own format, weights in fp16. Converts the given modules in place."""
+    for module in (vae, transformer):
+        module.register_to_config(_name_or_path="")  # or the folders they were loaded from are written down too
     WanPipeline(
         tokenizer=new_tokenizer(),
         text_encoder=text_encoder.to(torch.float16),

@@ -51,7 +51,7 @@ class Course:
 
 COURSES = (
     Course(size=Size(frames=17, height=128, width=128), batch=128, share=0.35, shift=4.0, start=0.0),
-    Course(size=DEMO, batch=80, share=0.35, shift=4.0, start=0.3),
+    Course(size=DEMO, batch=48, share=0.35, shift=5.0, start=0.3),
     Course(size=LARGEST, batch=12, share=0.3, shift=8.0, start=0.3),
 )
 SMOKE = (
