@@ -1,10 +1,7 @@
 """The command line: a video from each kind of pipeline, an environment that is judged rightly, one clear line on errors."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -37,11 +34,6 @@ def test_generate_writes_the_video_and_prints_the_report(tiny_wan, tmp_path, cap
     assert "4 calls of the denoiser" in printed  # 2 steps, each with and without the prompt
     if not torch.cuda.is_available():
         assert "int8_qk_fp8_pv -> exact: no GPU" in printed
-
-
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "videoattn.cli", *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | environment)
 
 
 FAMILIES = ("wan", "wan21_i2v", "cogvideox_rope", "ltx", "latte", "animatediff", "svd", "text_to_video_sd")
@@ -104,10 +96,12 @@ def test_traceback_on_request(tiny_wan):
         cli.main(["--traceback", "generate", tiny_wan])
 
 
-def test_a_hub_id_without_a_network():
-    done = run("generate", "nobody/no-such-video-model", *SMALL, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("videoattn: ")
+def test_a_hub_id_without_a_network(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "nobody/no-such-video-model", *SMALL])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("videoattn: ")
 
 
 @pytest.mark.parametrize("script", cli.BENCHMARKS)
@@ -151,13 +145,15 @@ def test_doctor_finds_a_kernel_that_computes_nonsense(monkeypatch):
     assert {check.name: check.state for check in doctor.examine()}["wrong"] == "broken"
 
 
-def test_doctor_finds_a_folder_that_hides_hugging_face_kernels(tmp_path):
+def test_doctor_finds_a_folder_that_hides_hugging_face_kernels(tmp_path, monkeypatch):
     hiding = tmp_path / "kernels" / "__init__.py"
     hiding.parent.mkdir()
     hiding.touch()
-    done = run("doctor", PYTHONPATH=str(tmp_path), COLUMNS="200")
-    assert done.returncode == 1
-    assert str(hiding) in done.stdout
+    before = {check.name: check for check in doctor.examine()}["kernels (Hugging Face)"]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    after = {check.name: check for check in doctor.examine()}["kernels (Hugging Face)"]
+    assert (before.state, after.state, after.found) == ("ok", "broken", str(hiding))
 
 
 @pytest.mark.parametrize(("state", "status"), [("ok", 0), ("note", 0), ("broken", 1)])

@@ -111,20 +111,37 @@ def test_wheel_holds_exactly_our_modules(built):
     assert {name for name in names if name.startswith("videoattn/")} == built.shipped
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_installs_and_runs_in_an_empty_environment(built, kind, tmp_path):
-    python = empty_venv(tmp_path / "venv")
-    install = ("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
-    run(sys.executable, "-m", "pip", "--python", python, *install, getattr(built, kind), cwd=tmp_path)
+def install(package: Path, folder: Path) -> Path:
+    """The Python of a new environment in which the package was installed without a network."""
+    python = empty_venv(folder)
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, package, cwd=folder)
+    return python
+
+
+def test_wheel_runs_in_an_empty_environment(built, tmp_path):
+    python = install(built.wheel, tmp_path / "venv")
     modules = [name.removesuffix(".py").removesuffix("/__init__") for name in built.shipped if name.endswith(".py")]
     script = f"""
 import importlib, videoattn
+from importlib.metadata import entry_points
 for name in {sorted(modules)!r}:
     importlib.import_module(name.replace("/", "."))
 print(videoattn.__file__)
+(command,) = entry_points(group="console_scripts", name="videoattn")
+command.load()(["--help"])
 """
-    assert Path(run(python, "-c", script, cwd=tmp_path).strip()).is_relative_to(tmp_path / "venv")
-    assert "generate" in run(python.parent / "videoattn", "--help", cwd=tmp_path)
+    first, *rest = run(python, "-c", script, cwd=tmp_path).splitlines()
+    assert Path(first).is_relative_to(tmp_path / "venv")
+    assert "generate" in " ".join(rest)
+    assert (python.parent / "videoattn").is_file()
+
+
+def test_sdist_installs_what_the_wheel_does(built, tmp_path):
+    install(built.sdist, tmp_path / "venv")
+    (package,) = (tmp_path / "venv").rglob("site-packages/videoattn")
+    files = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert {name for name in files if "__pycache__" not in name} == built.shipped
 
 
 def test_sdist_holds_what_the_wheel_needs(built):
