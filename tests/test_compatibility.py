@@ -147,7 +147,8 @@ def replace_linears_of_attention(pipe, quantised):
 CHANGES = [offload_models, offload_leaves, offload_groups, store_in_fp8, quantise_with_torchao]
 QUANTISED = [quantise_with_bitsandbytes, quantise_with_gguf]
 CASES = [
-    *((change, name) for change in CHANGES for name in ("wan", "latte", "text_to_video_sd")),
+    *((change, name) for change in CHANGES for name in ("wan", "latte")),
+    *((change, "text_to_video_sd") for change in (offload_models, offload_groups)),
     *((change, name) for change in QUANTISED for name in ("hunyuan_video", "latte")),
     *((add_lora, name) for name in ("wan", "hunyuan_video", "animatediff")),
     *((fuse_qkv, name) for name in ("wan", "wan21_i2v", "cogvideox_rope", "text_to_video_sd")),

@@ -11,12 +11,13 @@ from videoattn.session import session_of
 BLOCKS = {
     "CogVideoXBlock",
     "HunyuanVideo15TransformerBlock",
+    "MochiTransformerBlock",
     "SkyReelsV2TransformerBlock",
     "BasicTransformerBlock",
     "TemporalBasicTransformerBlock",
 }
 OWN = ["wan", "wan22", "hunyuan_video", "hunyuan_video15", "cogvideox_rope", "ltx", "svd"]
-GENERIC = ["skyreels_v2", "latte"]  # the one calls dispatch_attention_fn, the other torch's SDPA itself
+GENERIC = ["skyreels_v2", "mochi"]  # the one calls dispatch_attention_fn, the other torch's SDPA itself
 
 
 class Graphs:
