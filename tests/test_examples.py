@@ -66,6 +66,14 @@ def test_readme_code_runs(code, no_downloads, tmp_path):
     runpy.run_path(str(script), {"torch": torch, "videoattn": videoattn, "pipe": tiny_pipelines.build("wan")})
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_tiny/README.md"])
+def test_links_lead_somewhere(page):
+    page = ROOT / page
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
+    assert not missing
+
+
 @pytest.mark.parametrize(
     ("family", "pipeline", "psnr"),
     [("wan", "WanPipeline", "identical"), ("ltx", "LTXPipeline", r"\d+\.\d dB")],  # LTX rotates in another order
