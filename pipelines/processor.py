@@ -12,6 +12,7 @@ def _switch(name: str) -> property:
 
     def set_switch(self, value) -> None:
         self.switches[name] = value
+        self.switched = any(value is not None for value in self.switches.values())
         setattr(self.host, name, value)
 
     return property(lambda self: self.switches.get(name), set_switch)
@@ -32,6 +33,7 @@ class FastProcessor:
     def __init__(self, host) -> None:
         self.host = host
         self.switches: dict[str, object] = {}
+        self.switched = False
         self.run = None
         self.kv_len: Tensor | None = None
 

@@ -154,9 +154,8 @@ class Session:
             if ours is None:
                 continue
             ours.kv_len = kv_len
-            switched = ours._attention_backend is not None or ours._parallel_config is not None
-            if followed or switched or phase != self._phase or ours.run is None:
-                self._bind(patch, step, switched)
+            if followed or ours.switched or phase != self._phase or ours.run is None:
+                self._bind(patch, step)
         self._phase = phase
         for runner in self._runners.values():
             runner.serve()
@@ -180,12 +179,12 @@ class Session:
             set_processor(patch.attn, followed.ours)
         return followed
 
-    def _bind(self, patch: Patch, step: Step, switched: bool) -> None:
+    def _bind(self, patch: Patch, step: Step) -> None:
         ours = patch.ours
         patch.refusal = ""
-        if switched:
+        if ours.switched:
             patch.refusal = "an attention backend or a parallel configuration of diffusers was set after enabling"
-        run = None if switched or self.bypass else self._runner(patch.site, self.policy(patch.site, step))
+        run = None if ours.switched or self.bypass else self._runner(patch.site, self.policy(patch.site, step))
         if run is not ours.run:
             ours.bind(run)
 
