@@ -1,6 +1,7 @@
 """The examples and the README's own code run, on tiny pipelines in the place of downloaded ones."""
 
 import functools
+import json
 import re
 import runpy
 import sys
@@ -64,6 +65,14 @@ def test_readme_code_runs(code, no_downloads, tmp_path):
     script = tmp_path / "readme.py"
     script.write_text(code)
     runpy.run_path(str(script), {"torch": torch, "videoattn": videoattn, "pipe": tiny_pipelines.build("wan")})
+
+
+def test_demo_runs_the_small_model_as_it_was_judged():
+    demo = runpy.run_path(str(ROOT / "examples" / "text_to_video.py"))
+    settings, judged = demo["TINY_SETTINGS"], json.loads((ROOT / "examples/train_tiny/logs/demo.json").read_text())
+    assert "{frames}x{height}x{width}".format(**settings) == judged["size"]
+    assert (settings["steps"], settings["guidance"]) == (judged["steps"], judged["guidance"])
+    assert (Path(demo["TINY"]) / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_tiny/README.md"])
