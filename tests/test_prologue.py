@@ -3,9 +3,13 @@
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from tiny_pipelines import build, denoisers, run
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+import videoattn
 from videoattn.prologue import Prologue, Stream, rotate_pairs
+from videoattn.runner import Runner
 
 HEADS, DIM = 3, 8
 
@@ -99,3 +103,28 @@ def test_pairs_rotate_as_wans_do(dtype):
     out = rotate_pairs(x, (cos, sin))
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cogvideox_rope", "hunyuan_video", "ltx", "wan"])
+def test_raw_projections_are_gone_when_attention_runs(name, monkeypatch):
+    """As in the host's code: what norm and rotation have replaced must not add to the peak of memory."""
+    pipe = build(name)
+    raw: list[StorageWeakRef] = []
+    alive: list[int] = []
+    (_, denoiser), *_ = denoisers(pipe)
+    for module_name, module in denoiser.named_modules():
+        if (
+            module_name.endswith(("attn1.to_q", "attn1.to_k", ".attn.to_q", ".attn.to_k"))
+            and "refiner" not in module_name
+        ):
+            module.register_forward_hook(lambda _module, _args, out: raw.append(StorageWeakRef(out.untyped_storage())))
+    call = Runner.__call__
+
+    def watched(self, *args, **kwargs):
+        alive.append(sum(not storage.expired() for storage in raw))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "__call__", watched)
+    with videoattn.fast_attention(pipe, "exact"):
+        run(name, pipe)
+    assert raw and alive and max(alive) == 0
