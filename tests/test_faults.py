@@ -10,7 +10,7 @@ from diffusers import (
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
-from test_compatibility import wan_call
+from served import wan_call
 from tiny_parts import image_vae, randomize, t5_encoder
 from tiny_pipelines import build, denoisers, run
 
