@@ -1,4 +1,3 @@
-# videoattn
 """Every benchmark of this folder in one go.
 
 python -m videoattn.benchmarks.all --results FOLDER --commit HASH        # seven to eight minutes on an H200

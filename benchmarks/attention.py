@@ -1,4 +1,3 @@
-# videoattn
 """Every exact backend on every attention call of ``shapes.toml``, on that call's strides, against torch's own choice.
 
 The baseline is what diffusers does: ``F.scaled_dot_product_attention`` with the mask as the model hands it over. A

@@ -1,4 +1,3 @@
-# videoattn
 """What each pipeline calls its denoiser with: one function a denoiser class of diffusers.
 
 Letters: B rows of the call, T, Y, X latent frames, height and width, C latent channels, L text tokens, W text width.

@@ -1,4 +1,3 @@
-# videoattn
 """Every attention call of the video denoisers in ``models.toml`` at their default sizes -> ``shapes.toml``.
 
 The denoisers run whole on the meta device: shapes, dtypes and strides are exact, nothing is computed, no GPU is needed.

@@ -1,4 +1,3 @@
-# videoattn
 """Whole denoiser forwards at real sizes with random weights: as diffusers runs them, and after ``enable_fast_attention``.
 
 Both run on the same weights, eager, launch gaps included, because that is what a user waits for. rel_l2 is the patched

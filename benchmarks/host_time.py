@@ -1,4 +1,3 @@
-# videoattn
 """Host time that ``enable_fast_attention`` adds to an attention call: no sync, SDPA underneath on both sides.
 
 Denoisers of the real families, so thin and on so small a video that the device is never the bottleneck. A forward is

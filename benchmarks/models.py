@@ -1,4 +1,3 @@
-# videoattn
 """Video models at their real size with random weights, from ``models.toml``: nothing is downloaded.
 
 ``load`` builds a whole pipeline, ``denoiser`` its denoiser alone and ``inputs`` what the pipeline would call it with.

@@ -1,4 +1,3 @@
-# videoattn
 """Where figures are written down: ``benchmarks/results/<script>.csv``, appended to, never edited.
 
 Two kinds of tables. Timings have ``COLUMNS`` (one row a kernel and shape, always against a baseline of the same run);

@@ -1,4 +1,3 @@
-# videoattn
 """Where every bar of ``targets.toml`` stands: one line each, and a non-zero exit unless all are ok.
 
 ok       the figure reaches the bar

@@ -1,4 +1,3 @@
-# videoattn
 """The timing helper of every benchmark: is a candidate faster than the baseline, slower, or was no difference shown?
 
 ``compare`` runs the baseline, the baseline once more (the A/A control) and the candidates in one process:
