@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from videoattn.benchmarks import denoiser_inputs, forward, host_time, models
+from videoattn.benchmarks import denoiser_inputs, forward, models
 
 # Billions of parameters as the models' cards state them; for the UNets, of the UNet alone.
 BILLIONS = {
@@ -126,11 +126,3 @@ def test_a_forward_is_measured_patched_against_unpatched():
     result, peaks, report = forward.measure("ltx", (64, 64, 9), "exact", torch.device("cpu"), 0.01, THIN["ltx"])
     assert result.error < forward.TOLERANCE["exact"] and result.median_ms > 0 and peaks == {}
     assert {site.adapter for site in report.sites} == {"ltx"}
-
-
-def test_host_time_counts_the_calls_of_the_unpatched_forward(monkeypatch):
-    thin = {"num_layers": 2, "num_attention_heads": 1, "cross_attention_dim": 64}
-    monkeypatch.setitem(host_time.THIN, "ltx", thin)
-    result, calls = host_time.measure("ltx", "exact", torch.device("cpu"), 0.01)
-    assert calls == 4  # two layers, self and cross
-    assert host_time.added_us(result, calls) == pytest.approx(250 * result.baseline_ms * (1 / result.ratio - 1))

@@ -1,13 +1,19 @@
 # videoattn
-"""The timing helper tells a slower function from an equal one, and refuses a wrong output."""
+"""The timing helper tells a slower function from an equal one, and refuses a wrong output; with it, host_time finds what
+a patched attention call costs more."""
 
+import functools
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from torch import nn
 
-from videoattn.benchmarks import timing
+from videoattn.benchmarks import host_time, results, targets, timing
+from videoattn.pipelines.ltx import LTXProcessor
+from videoattn.session import Session
 
 
 @pytest.fixture
@@ -126,3 +132,99 @@ def test_every_function_gets_the_same_calls_on_the_same_inputs():
 def test_the_names_of_the_helper_are_refused():
     with pytest.raises(ValueError, match="control"):
         timing.compare(len, {"control": len}, inputs, equal, device="cpu")
+
+
+# -- host_time
+
+CPU = torch.device("cpu")
+LAYER = {"num_layers": 1, "num_attention_heads": 1}
+LTX = {**LAYER, "num_layers": 2, "cross_attention_dim": 64}
+
+
+@pytest.mark.parametrize("processor_us, hook_us, added_us", [(0, 0, 0), (50, 0, 50), (-50, 0, -50), (0, 80, 20)])
+def test_added_host_time_is_that_of_our_processors_and_of_our_hook(processor_us, hook_us, added_us, clock, monkeypatch):
+    """The host takes 200 us an attention call, ours so much more; our hook runs once in a forward of four calls."""
+    monkeypatch.setitem(host_time.THIN, "ltx", LTX)
+    for cls, us in ((LTXVideoAttnProcessor, 200), (LTXProcessor, 200 + processor_us), (Session, hook_us)):
+        monkeypatch.setattr(cls, "__call__", taking(clock, us, cls.__call__))
+    result, calls = host_time.measure("ltx", "exact", CPU, 0.01)
+    assert calls == 4
+    assert host_time.added_us(result, calls) == pytest.approx(added_us)
+
+
+def taking(clock, us, function):
+    @functools.wraps(function)
+    def slow(*args, **kwargs):
+        clock.ns += 1000 * us
+        return function(*args, **kwargs)
+
+    return slow
+
+
+@pytest.mark.parametrize(
+    "name, thin, modules",
+    [
+        ("ltx", LTX, 4),
+        ("wan-i2v-14b", {**LAYER, "ffn_dim": 64, "added_kv_proj_dim": 128}, 2),  # text and image in one call of attn2
+        ("hunyuan", {**LAYER, "num_single_layers": 1, "num_refiner_layers": 1}, 3),
+        ("mochi", {**LAYER, "pooled_projection_dim": 64}, 1),  # the generic way
+    ],
+)
+def test_what_is_timed_is_every_call_of_an_attention_module_checked(name, thin, modules, monkeypatch):
+    monkeypatch.setitem(host_time.THIN, name, thin)
+    result, calls = host_time.measure(name, "exact", CPU, 0.01)
+    assert calls == modules
+    assert result.error < 1e-5 and result.median_ms > 0
+
+
+def test_a_wrong_output_of_one_patched_call_fails_the_run(monkeypatch):
+    monkeypatch.setitem(host_time.THIN, "ltx", LTX)
+    attend = LTXProcessor.attend
+    monkeypatch.setattr(
+        LTXProcessor, "attend", lambda *args, kv_len=None: attend(*args, kv_len=kv_len) * (1 if kv_len is None else 2)
+    )
+    with pytest.raises(timing.WrongOutput):
+        host_time.measure("ltx", "exact", CPU, 0.01)
+
+
+class Twice(nn.Module):
+    """A denoiser that calls one attention module twice and another once."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Scale(), Scale()
+
+    def forward(self, x):
+        return self.one(self.other(self.one(x), by=3), by=5)
+
+
+class Scale(nn.Module):
+    def forward(self, x, by=2):
+        return by * x
+
+
+def test_a_replay_makes_the_recorded_calls_in_their_order_behind_the_hooks():
+    denoiser, seen = Twice(), []
+    calls = host_time.record(denoiser, ("other", "one"), {"x": torch.tensor(1)})
+    assert [call.name for call in calls] == ["one", "other", "one"]
+    assert not denoiser.one._forward_pre_hooks
+    host_time.replay(denoiser, calls)
+    denoiser.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    assert denoiser(x=7) == [2, 6, 30]  # of the tensors that were recorded, not of 7
+    assert seen == [{"x": 7}]
+
+
+@pytest.mark.parametrize("backend, kernel", [("auto", "exact"), ("sdpa_math", "exact/sdpa_math")])
+def test_the_row_names_preset_and_forced_backend(backend, kernel, tmp_path, monkeypatch):
+    monkeypatch.setitem(host_time.THIN, "ltx", LTX)
+    flags = ["--device", "cpu", "--commit", "0", "--results", str(tmp_path), "--seconds", "0.01", "--only", "ltx"]
+    host_time.main([*flags, "--backend", backend])
+    (row,) = results.read(tmp_path / "host_time.csv")
+    assert row["kernel"] == kernel
+    (bar,) = (target for target in targets.read(results.HERE / "targets.toml") if target.id == "host_time.sdpa")
+    assert bar.matches({**row, "gpu": "NVIDIA H200"}) == (backend == "auto")
+
+
+def test_an_unknown_backend_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="backend: wanted one of auto"):
+        host_time.main(["--commit", "0", "--results", str(tmp_path), "--only", "ltx", "--backend", "fastest"])
