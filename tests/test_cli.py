@@ -131,6 +131,21 @@ def test_doctor_finds_a_package_outside_the_tested_range(monkeypatch):
     assert "x" not in checks
 
 
+def test_doctor_says_that_videoattn_is_not_installed_and_goes_on(monkeypatch):
+    def requires(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    installed = {check.name: check for check in doctor.examine()}
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", requires)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # what was not installed may lack its requirements
+    checks = {check.name: check for check in doctor.examine()}
+    assert (installed["videoattn"].found, installed["videoattn"].state) == (videoattn.__version__, "ok")
+    assert (checks["videoattn"].found, checks["videoattn"].state) == ("not installed", "note")
+    assert "pip install -e" in checks["videoattn"].why
+    assert (checks["ffmpeg"].found, checks["ffmpeg"].state) == ("missing", "broken")
+    assert checks["sdpa"] == installed["sdpa"]
+
+
 def test_doctor_finds_a_kernel_that_computes_nonsense(monkeypatch):
     class Wrong:
         name = "wrong"

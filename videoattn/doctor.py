@@ -55,8 +55,16 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    """What pyproject.toml asks for, as the installed metadata of videoattn says it."""
-    for text in importlib.metadata.requires("videoattn") or []:
+    """videoattn itself, then what pyproject.toml asks for, as the installed metadata says it."""
+    try:
+        requirements = importlib.metadata.requires("videoattn") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH, which may work all the same
+        root = Path(__file__).parents[1]
+        why = f"its requirements are not checked: pip install -e '{root}'"
+        yield Check(name="videoattn", found="not installed", state="note", why=why)
+        return
+    yield Check(name="videoattn", found=importlib.metadata.version("videoattn"))
+    for text in requirements:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -89,11 +97,11 @@ def _hugging_face_kernels() -> Check:
 
 
 def _video_encoder() -> Check:
-    import imageio_ffmpeg
-
     try:
+        import imageio_ffmpeg
+
         return Check(name="ffmpeg", found=imageio_ffmpeg.get_ffmpeg_version())
-    except (RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         return Check(name="ffmpeg", found="missing", state="broken", why=str(error))
 
 
