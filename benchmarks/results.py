@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from videoattn import doctor
 from videoattn.benchmarks.timing import Comparison
 
 HERE = Path(__file__).parent
@@ -142,8 +143,7 @@ def _commit(commit: str | None) -> str:
 def _gpu() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "cpu", "none"
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return torch.cuda.get_device_name(), (_run(*query) or "unknown").splitlines()[0]
+    return torch.cuda.get_device_name(), doctor.nvidia_driver() or "unknown"
 
 
 def _version(package: str) -> str:

@@ -171,6 +171,19 @@ def test_doctor_finds_a_folder_that_hides_hugging_face_kernels(tmp_path, monkeyp
     assert (before.state, after.state, after.found) == ("ok", "broken", str(hiding))
 
 
+@pytest.mark.parametrize(
+    ("script", "driver"),
+    [("echo 580.65; echo 580.65", "580.65"), ("exit 0", None), ("echo no devices; exit 6", None), (None, None)],
+)
+def test_the_driver_is_what_nvidia_smi_tells(script, driver, tmp_path, monkeypatch):
+    if script is not None:
+        command = tmp_path / "nvidia-smi"
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.nvidia_driver() == driver
+
+
 @pytest.mark.parametrize(("state", "status"), [("ok", 0), ("note", 0), ("broken", 1)])
 def test_doctor_exit_status(state, status, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(name="a", found="b", state=state)])

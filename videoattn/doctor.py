@@ -114,7 +114,7 @@ def _device() -> Iterator[Check]:
         properties = torch.cuda.get_device_properties(index)
         found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
         yield Check(name=f"GPU {index}", found=found + f"{properties.major}.{properties.minor}")
-    yield Check(name="driver", found=_driver())
+    yield Check(name="driver", found=nvidia_driver() or "unknown: no nvidia-smi")
     if torch.version.hip:
         yield Check(
             name="ROCm", found=torch.version.hip, state="note", why="not tested: torch's own choice of SDPA runs"
@@ -124,12 +124,14 @@ def _device() -> Iterator[Check]:
         yield Check(name="CUDA", found=f"{torch.version.cuda}, cuDNN {cudnn}")
 
 
-def _driver() -> str:
+def nvidia_driver() -> str | None:
+    """The driver's version, None where nvidia-smi is missing or has none to tell."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown: no nvidia-smi"
+        return None
+    return next(iter(printed.splitlines()), None)  # a line for each card, all alike
 
 
 def _attention() -> Iterator[Check]:
