@@ -38,6 +38,8 @@ class Sdpa:
         kernel: the SDPBackend to hold torch to, or None for torch's own choice.
     """
 
+    own = False
+
     def __init__(self, name: str, kernel: SDPBackend | None) -> None:
         self.name = name
         self.kernel = kernel
@@ -73,13 +75,7 @@ class Sdpa:
             return f"head_dim {call.head_dim} is over 256" if call.head_dim > 256 else None
         return f"head_dim {call.head_dim} is over 128" if call.head_dim > 128 else None
 
-    def rank(self, call: Call) -> float:
-        """A kernel that was measured faster than torch's own choice first, then torch's own choice."""
-        if self.kernel is None:
-            return 1.0
-        return 0.0 if self.kernel is _measured_best(call) else 2.0 + _ORDER.index(self.kernel)
-
-    def plan(self, call: Call, decision: Decision) -> Run:
+    def plan(self, call: Call, decision: Decision, flag: Tensor | None = None) -> Run:
         core = self._core(call)
         over_prefix = _prefix(core, loop=self.kernel is SDPBackend.FLASH_ATTENTION)
         has_kv_len = call.has_kv_len
@@ -116,24 +112,6 @@ class Sdpa:
                     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
 
         return core
-
-
-def _measured_best(call: Call) -> SDPBackend | None:
-    """The kernel that beats torch's own choice on this card and shape, None where none was measured to.
-
-    Hopper: torch takes cuDNN up to head_dim 128 and FlashAttention 2 beyond, which both waste most of a tile on short
-    rows. Figures of every shape: benchmarks/results/attention.csv.
-    """
-    if call.device.type != "cuda" or torch.cuda.get_device_capability(call.device) != (9, 0):
-        return None
-    if call.mask != "none" or call.has_kv_len or call.causal or call.dtype not in _HALF:
-        return None
-    longest = max(call.q_len, call.kv_len)
-    if longest <= 64 and call.head_dim in (40, 64, 160):
-        return SDPBackend.EFFICIENT_ATTENTION  # 1.1x at 64 frames to 1.8x at 16
-    if longest <= 32 and call.head_dim in (72, 80):
-        return SDPBackend.FLASH_ATTENTION  # 1.05x to 1.2x
-    return None
 
 
 def _prefix(core: Core, *, loop: bool) -> Callable[..., Tensor]:
@@ -187,12 +165,6 @@ _DIRECT = {
     SDPBackend.FLASH_ATTENTION: _direct_flash,
     SDPBackend.EFFICIENT_ATTENTION: _direct_efficient,
 }
-_ORDER = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
 
 BACKENDS = (
     Sdpa("sdpa", None),

@@ -1,0 +1,276 @@
+"""Exact attention of any length in Triton: FlashAttention 2's forward, for any head, any strides and any mask.
+
+out = softmax(scale q k^T + mask) v, one tile of queries a program, over tiles of keys with an online softmax (Dao,
+arXiv:2307.08691, algorithm 1; Milakov and Gimelshein, arXiv:1805.02867):
+
+    m' = max(m, rowmax s),  p = exp(s - m'),  l' = exp(m - m') l + rowsum p,  acc' = exp(m - m') acc + p v
+
+The loop runs over the full tiles without a compare and once over what is left. Programs of one head follow one another,
+so that its keys stay in L2: traffic from memory falls from once a query tile to about once a head (Saha and Ye,
+arXiv:2402.07443, count the transfers between two levels; L2 takes the place of the fast one). Token counts are run-time
+integers: a new length needs no new kernel.
+
+Letters: B batch, Nq/Nk queries and keys, H heads, D head_dim; M queries and N keys a tile.
+
+Refuses: what no Triton kernel here takes (kernels/triton_backend.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from videoattn.call import Call
+from videoattn.kernels.tiles import alignment, count_not_finite, load_head, parts, store_head
+from videoattn.kernels.triton_backend import TritonBackend, on_device_of, precision, scale_log2, unit_stride
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@functools.cache
+def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages for a head_dim, an element size in bytes and a card (90: Hopper)."""
+    if itemsize == 4:  # products in fp32 run on the CUDA cores
+        return {"M": 32, "N": 32 if head_dim <= 128 else 16, "num_warps": 4, "num_stages": 1}
+    if capability >= 90 and capability < 120:
+        if head_dim <= 128:
+            return {"M": 128, "N": 128 if head_dim > 64 else 64, "num_warps": 8, "num_stages": 3 if head_dim <= 64 else 2}
+        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}
+    if head_dim <= 64:
+        return {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2}
+    return {"M": 128 if head_dim <= 128 else 64, "N": 32, "num_warps": 8 if head_dim <= 128 else 4, "num_stages": 2}
+
+
+@triton.jit
+def _scores(q0, q1, q2, k0, k1, k2, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr):
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    if D2:
+        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _tile(
+    acc0, acc1, acc2, m, l,
+    q0, q1, q2, k, v, mask,
+    start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys. PARTIAL: not every pair of the tile counts."""
+    keys = start + tl.arange(0, N)
+    keep = (keys < limit)[:, None] if PARTIAL else tl.full([N, 1], True, tl.int1)
+    k0, k1, k2 = load_head(k + k_sn.to(tl.int64) * start, k_rows, keep, D, D0, D1, D2)
+    s = _scores(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    scale = qk_scale
+    if mask is not None:
+        places = mask_rows + keys.to(tl.int64)[None, :] * mask_sk
+        pairs = (queries < q_len)[:, None]
+        if PARTIAL:
+            pairs = pairs & (keys < limit)[None, :]
+        if mask.dtype.element_ty == tl.int8:  # bool
+            s = tl.where(tl.load(mask + places, pairs, 0) != 0, s, float("-inf"))
+        else:
+            s = s * qk_scale + tl.load(mask + places, pairs, 0.0).to(tl.float32) * LOG2_E
+            scale = 1.0
+    if PARTIAL:
+        s = tl.where((keys < limit)[None, :], s, float("-inf"))
+        if CAUSAL:
+            s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
+
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_scaled = m_new * scale
+    if PARTIAL or mask is not None:  # a row may have met no key yet
+        m_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)
+    p = tl.exp2(s * scale - m_scaled[:, None])
+    shrink = tl.exp2(m * scale - m_scaled)
+    l = l * shrink + tl.sum(p, 1)
+    v0, v1, v2 = load_head(v + v_sn.to(tl.int64) * start, v_rows, keep, D, D0, D1, D2)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    if D1:
+        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    if D2:
+        acc2 = tl.dot(p, v2, acc2 * shrink[:, None], input_precision=PRECISION)
+    return acc0, acc1, acc2, m_new, l
+
+
+@triton.jit
+def _forward(
+    q, k, v, out,
+    lse, mask, kv_lens, flag,  # or None
+    qk_scale,  # scale * log2(e)
+    q_len, kv_len, heads, kv_group,  # kv_group: query heads a key head
+    q_sb, q_sn, q_sh,
+    k_sb, k_sn, k_sh,
+    v_sb, v_sn, v_sh,
+    o_sb, o_sn, o_sh,
+    mask_sb, mask_sh, mask_sq, mask_sk,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(q_len, M)
+    pid = tl.program_id(0)
+    head_of_batch = pid // tiles  # heads outermost: all queries of a head before the next
+    first = (pid % tiles) * M
+    b = (head_of_batch // heads).to(tl.int64)
+    h = head_of_batch % heads
+    h_kv = h // kv_group
+    queries = first + tl.arange(0, M)
+    here = (queries < q_len)[:, None]
+
+    q += tl.multiple_of(b * q_sb, ALIGN) + tl.multiple_of(h.to(tl.int64) * q_sh, ALIGN)
+    k += tl.multiple_of(b * k_sb, ALIGN) + tl.multiple_of(h_kv.to(tl.int64) * k_sh, ALIGN)
+    v += tl.multiple_of(b * v_sb, ALIGN) + tl.multiple_of(h_kv.to(tl.int64) * v_sh, ALIGN)
+    out += tl.multiple_of(b * o_sb, ALIGN) + tl.multiple_of(h.to(tl.int64) * o_sh, ALIGN)
+    q_rows = tl.multiple_of(queries.to(tl.int64) * q_sn, ALIGN)[:, None]
+    o_rows = tl.multiple_of(queries.to(tl.int64) * o_sn, ALIGN)[:, None]
+    k_rows = tl.multiple_of(tl.arange(0, N) * k_sn, ALIGN)[:, None]
+    v_rows = tl.multiple_of(tl.arange(0, N) * v_sn, ALIGN)[:, None]
+    mask_rows = None
+    if mask is not None:
+        mask_rows = (b * mask_sb + h * mask_sh + queries.to(tl.int64) * mask_sq)[:, None]
+
+    limit = kv_len
+    if kv_lens is not None:
+        limit = tl.minimum(limit, tl.load(kv_lens + b))
+    if CAUSAL:
+        limit = tl.minimum(limit, first + M)
+        whole = tl.minimum(limit, first + 1) // N * N  # below it every query sees every key
+    else:
+        whole = limit // N * N
+
+    q0, q1, q2 = load_head(q, q_rows, here, D, D0, D1, D2)
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc0 = tl.zeros([M, D0], tl.float32)
+    acc1 = tl.zeros([M, D1], tl.float32) if D1 else acc0
+    acc2 = tl.zeros([M, D2], tl.float32) if D2 else acc0
+    for start in tl.range(0, whole, N):
+        acc0, acc1, acc2, m, l = _tile(
+            acc0, acc1, acc2, m, l, q0, q1, q2, k, v, mask,
+            start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
+            D, D0, D1, D2, N, False, CAUSAL, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(whole, limit, N, num_stages=1):
+        acc0, acc1, acc2, m, l = _tile(
+            acc0, acc1, acc2, m, l, q0, q1, q2, k, v, mask,
+            start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
+            D, D0, D1, D2, N, True, CAUSAL, PRECISION,
+        )  # fmt: skip
+
+    inverse = (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]
+    x0 = (acc0 * inverse).to(out.dtype.element_ty)
+    x1 = x0
+    x2 = x0
+    bad = count_not_finite(x0)
+    if D1:
+        x1 = (acc1 * inverse).to(out.dtype.element_ty)
+        bad += count_not_finite(x1)
+    if D2:
+        x2 = (acc2 * inverse).to(out.dtype.element_ty)
+        bad += count_not_finite(x2)
+    store_head(out, o_rows, here, x0, x1, x2, D, D0, D1, D2)
+    if flag is not None:
+        if bad > 0:
+            tl.atomic_or(flag, 1)
+    if lse is not None:  # [B, H, Nq]
+        scale = qk_scale
+        if mask is not None:
+            if mask.dtype.element_ty != tl.int8:
+                scale = 1.0
+        value = tl.where(l == 0.0, float("-inf"), (m * scale + tl.log2(l)) * LN2)
+        tl.store(lse + head_of_batch.to(tl.int64) * q_len + queries, value, queries < q_len)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    kv_len: Tensor | None,
+    flag: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    **tuned: int,
+) -> None:
+    """Write attention of q, k, v [B, N, H, D] into `out` and `lse`; `tuned` replaces entries of `config`."""
+    (b, nq, h, d), (_, nk, h_kv, _) = q.shape, k.shape
+    settings = config(d, q.element_size(), _capability(q.device)) | tuned
+    d0, d1, d2 = parts(d)
+    strides = (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(b, h, nq, nk)
+        strides = mask.stride()
+        mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
+    with on_device_of(q):
+        _forward[(-(-nq // settings["M"]) * b * h,)](
+            q, k, v, out, lse, mask, kv_len, flag,
+            scale_log2(scale, d),
+            nq, nk, h, h // h_kv,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *strides,
+            D=d, D0=d0, D1=d1, D2=d2,
+            CAUSAL=causal, ALIGN=alignment(q, k, v, out), PRECISION=precision(q.dtype),
+            **settings,
+        )  # fmt: skip
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; the CPU, where only the interpreter runs, gets the smallest tiles."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    causal: bool = False,
+    return_lse: bool = False,
+    flag: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Exact attention.
+
+    Args:
+        q: [B, Nq, H, D], any strides. k, v: [B, Nk, Hkv, D], any strides; Hkv divides H.
+        scale: factor on q k^T, not negative; 1 / sqrt(D) by default.
+        mask: broadcastable to [B, H, Nq, Nk], any strides; bool (True: attend) or additive, any float dtype.
+        kv_len: int32 [B] on q's device: row b attends to its first kv_len[b] keys.
+        causal: query i sees keys 0..i only.
+        return_lse: whether to return the log-sum-exp too.
+        flag: int32, set to 1 where the output is not finite.
+
+    Returns:
+        out [B, Nq, H, D] contiguous, and lse [B, H, Nq] fp32 (natural logarithm) or None. A row without a key gives 0 and
+        -inf.
+    """
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    b, nq, h, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, h, nq, dtype=torch.float32, device=q.device) if return_lse else None
+    launch(q, k, v, out, lse, mask, kv_len, flag, scale, causal)
+    return out, lse
+
+
+def _refuses(call: Call) -> str | None:
+    return None
+
+
+BACKENDS = (TritonBackend("triton_flash", attend, _refuses),)

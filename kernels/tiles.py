@@ -1,0 +1,74 @@
+"""Tiles whose last dimension is a head: cut into powers of two, so that head_dim 40, 72, 80 ... need little padding.
+
+Triton's tensors have power-of-two sizes. Padding a head of 80 to 128 wastes 38 % of every matrix product; as 64 + 16 it
+wastes nothing. A head is cut into up to three parts D0 > D1 > D2 (0: no such part); products over the head are sums over
+the parts, products that yield a head are made part by part.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MIN_PART = 16  # the least inner size of tl.dot in 16 bits
+
+
+def parts(head_dim: int) -> tuple[int, int, int]:
+    """The sizes D0 > D1 > D2 that cover `head_dim` with the least padding; unused ones are 0.
+
+    >>> parts(40), parts(64), parts(80), parts(112), parts(256)
+    ((32, 16, 0), (64, 0, 0), (64, 16, 0), (64, 32, 16), (256, 0, 0))
+    """
+    padded = -(-head_dim // MIN_PART) * MIN_PART
+    while padded.bit_count() > 3:
+        padded += padded & -padded
+    sizes = [1 << bit for bit in range(padded.bit_length() - 1, -1, -1) if padded >> bit & 1]
+    return (*sizes, 0, 0)[:3]
+
+
+def alignment(*tensors) -> int:
+    """The greatest of 8, 4, 2, 1 elements of which every address of a row (all strides but the last) is a multiple.
+
+    16-bit rows that start at multiples of 8 elements are read 16 bytes at a time.
+    """
+    bits = 8
+    for x in tensors:
+        bits |= x.data_ptr() // x.element_size()
+        for stride in x.stride()[:-1]:
+            bits |= stride
+    return bits & -bits
+
+
+@triton.jit
+def load_head(ptr, rows, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """The parts [..., D0], [..., D1], [..., D2] at element offsets `rows` [..., 1]; 0 beyond D or where `keep` is not set."""
+    d0 = tl.arange(0, D0)
+    x0 = tl.load(ptr + (rows + d0), keep & (d0 < D), 0.0)
+    x1 = x0  # stands for a part that is not there; never read
+    x2 = x0
+    if D1:
+        d1 = D0 + tl.arange(0, D1)
+        x1 = tl.load(ptr + (rows + d1), keep & (d1 < D), 0.0)
+    if D2:
+        d2 = D0 + D1 + tl.arange(0, D2)
+        x2 = tl.load(ptr + (rows + d2), keep & (d2 < D), 0.0)
+    return x0, x1, x2
+
+
+@triton.jit
+def store_head(ptr, rows, keep, x0, x1, x2, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Store the parts where `load_head` would load them."""
+    d0 = tl.arange(0, D0)
+    tl.store(ptr + (rows + d0), x0, keep & (d0 < D))
+    if D1:
+        d1 = D0 + tl.arange(0, D1)
+        tl.store(ptr + (rows + d1), x1, keep & (d1 < D))
+    if D2:
+        d2 = D0 + D1 + tl.arange(0, D2)
+        tl.store(ptr + (rows + d2), x2, keep & (d2 < D))
+
+
+@triton.jit
+def count_not_finite(x):
+    """How many elements of x are NaN or infinite."""
+    return tl.sum((tl.abs(x.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1)

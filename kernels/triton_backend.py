@@ -1,0 +1,113 @@
+"""What the Triton kernels share: where they run, how a plan calls them, and the numbers that every launch needs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from videoattn.backend import Run
+from videoattn.call import Call
+from videoattn.policy import EXACT, Decision
+
+LOG2_E = math.log2(math.e)
+
+
+class Attend(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None,
+        mask: Tensor | None,
+        kv_len: Tensor | None,
+        causal: bool,
+        return_lse: bool,
+        flag: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The primitive under all attention: q, k, v [B, N, H, D] with any strides -> out, and lse or None."""
+
+
+class TritonBackend:
+    """An exact kernel of ours: fp16, bf16 or fp32 on NVIDIA cards from compute capability 8.0.
+
+    Args:
+        name: the backend's name.
+        attend: the kernel's launcher.
+        refuses: the kernel's own limits: (call) -> reason or None.
+    """
+
+    own = True
+
+    def __init__(self, name: str, attend: Attend, refuses) -> None:
+        self.name = name
+        self.attend = attend
+        self._refuses = refuses
+
+    def __repr__(self) -> str:
+        return f"TritonBackend({self.name!r})"
+
+    def refuses(self, call: Call, decision: Decision) -> str | None:
+        if decision != EXACT:
+            return f"computes exact attention only, asked for {decision}"
+        if call.device.type != "cuda":
+            return "no GPU"
+        if torch.version.hip is not None:
+            return "not tested on ROCm"
+        if torch.cuda.get_device_capability(call.device) < (8, 0):
+            return "needs compute capability 8.0"
+        if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"takes fp16, bf16 and fp32, got {call.dtype}"
+        if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
+            return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
+        return self._refuses(call)
+
+    def plan(self, call: Call, decision: Decision, flag: Tensor | None = None) -> Run:
+        attend, causal = self.attend, call.causal
+        if call.layout == "BHND":
+
+            def run(q, k, v, mask, kv_len, scale):
+                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                out, _ = attend(
+                    q, k, v, scale=scale, mask=mask, kv_len=kv_len, causal=causal, return_lse=False, flag=flag
+                )
+                return out.transpose(1, 2)
+
+        else:
+
+            def run(q, k, v, mask, kv_len, scale):
+                return attend(
+                    q, k, v, scale=scale, mask=mask, kv_len=kv_len, causal=causal, return_lse=False, flag=flag
+                )[0]
+
+        return run
+
+
+def scale_log2(scale: float | None, head_dim: int) -> float:
+    """The factor on q k^T in the exponent of 2, above zero. Raises ValueError below: the kernels scale after the maximum."""
+    scale = head_dim**-0.5 if scale is None else scale
+    if not scale >= 0:
+        raise ValueError(f"scale: wanted 0 or more, got {scale}")
+    return max(scale * LOG2_E, 1e-30)  # at 0 itself, -inf scores times 0 would be NaN
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 is multiplied in fp32, not in TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device; this makes it x's where it is another one."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, or its copy where the elements of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
