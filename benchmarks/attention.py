@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -144,14 +144,16 @@ def _strided(batch, tokens, heads, dim, layout, pitch, dtype, generator) -> Tens
     return torch.randn(batch, tokens, heads, dim, **options)
 
 
-def measure(problem: Problem, seconds: float) -> dict[str, timing.Comparison]:
-    """Backend name -> its comparison with torch's own choice, for every backend that takes this call."""
-    call = problem.call()
+def accepting(call: Call) -> list[Backend]:
+    return [backend for backend in backends() if backend.refuses(call, EXACT) is None]
+
+
+def measure(problem: Problem, seconds: float, among: Iterable[Backend]) -> dict[str, timing.Comparison]:
+    """Backend name -> its comparison with torch's own choice, for those of ``among`` that can be afforded."""
     candidates = {
         backend.name: problem.planned(backend)
-        for backend in backends()
-        if backend.refuses(call, EXACT) is None
-        and problem.affords(backend)
+        for backend in among
+        if problem.affords(backend)
         and (problem.has_kv_len or backend.name != "sdpa")  # without a mask that is the control
     }
     inputs = problem.inputs(0)
@@ -175,18 +177,38 @@ def measure(problem: Problem, seconds: float) -> dict[str, timing.Comparison]:
     return compared if problem.has_kv_len else {"sdpa": control, **compared}
 
 
+def attempt(
+    problem: Problem, seconds: float, among: Iterable[Backend]
+) -> dict[str, timing.Comparison] | timing.WrongOutput | torch.OutOfMemoryError:
+    """`measure`, or why this row shows nothing. The GPU's memory is free for the next row."""
+    try:
+        return measure(problem, seconds, among)
+    except (timing.WrongOutput, torch.OutOfMemoryError) as error:
+        return error.with_traceback(None)  # whose frames hold the tensors
+    finally:
+        if problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def work(shape: Shape) -> int:
     """Floating-point operations of the two matrix products, masks not deducted."""
     return 4 * shape.batch * shape.heads * shape.q_len * shape.kv_len * shape.head_dim
 
 
-def row(case: str, shape: Shape, name: str, result: timing.Comparison) -> dict[str, object]:
-    elements = shape.batch * shape.head_dim * (2 * shape.q_len * shape.heads + 2 * shape.kv_len * shape.kv_heads)
+def identity(case: str, shape: Shape) -> dict[str, str]:
+    """The columns that tell one row of ``shapes.toml`` from another."""
     return {
         "case": case,
         "shape": f"{shape.batch}x{shape.heads}x{shape.q_len}x{shape.kv_len}x{shape.head_dim}",
         "dtype": shape.dtype,
         "layout": shape.layout if shape.strides == "contiguous" else f"{shape.layout} {shape.strides}",
+    }
+
+
+def row(case: str, shape: Shape, name: str, result: timing.Comparison) -> dict[str, object]:
+    elements = shape.batch * shape.head_dim * (2 * shape.q_len * shape.heads + 2 * shape.kv_len * shape.kv_heads)
+    return {
+        **identity(case, shape),
         "kernel": name,
         "baseline": "sdpa",
         "median_ms": result.median_ms,
@@ -206,40 +228,50 @@ def case_name(shape: Shape, used_by: dict[str, int]) -> str:
     return f"{next(iter(used_by), 'reference')} {shape.kind}"
 
 
+def add_arguments(parser: argparse.ArgumentParser, *, max_gflop: float = math.inf) -> None:
+    """Which rows of ``shapes.toml``."""
+    parser.add_argument("--only", default="", help="only rows whose case or shape contains this")
+    parser.add_argument(
+        "--max-gflop", type=float, default=max_gflop, help="leave out calls with more work than this (%(default)s)"
+    )
+
+
+def rows(only: str = "", max_gflop: float = math.inf) -> list[tuple[str, Shape]]:
+    """(case, shape) of rows of ``shapes.toml``, least work first: a run that is cut short loses the giants."""
+    every = [(case_name(shape, used_by), shape) for shape, used_by in find_shapes.read().items()]
+    chosen = [
+        (case, shape) for case, shape in every if only in f"{case} {shape.name}" and work(shape) <= 1e9 * max_gflop
+    ]
+    if not chosen:
+        raise ValueError(f"--only {only!r} --max-gflop {max_gflop}: no row of shapes.toml is left")
+    return sorted(chosen, key=lambda item: work(item[1]))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time every exact backend on every attention call of shapes.toml.")
     results.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument(
         "--seconds", type=float, default=200.0, help="for the whole table; giant rows take what they need"
     )
-    parser.add_argument("--only", help="only rows whose case or shape contains this")
-    parser.add_argument("--max-gflop", type=float, default=math.inf, help="leave out calls with more work than this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     env = results.environment(args.commit)
-    chosen = [
-        (case_name(shape, used_by), shape)
-        for shape, used_by in find_shapes.read().items()
-        if (args.only or "") in f"{case_name(shape, used_by)} {shape.name}" and work(shape) <= 1e9 * args.max_gflop
-    ]
-    if not chosen:
-        raise ValueError(f"--only {args.only!r} --max-gflop {args.max_gflop}: no row of shapes.toml is left")
+    chosen = rows(args.only, args.max_gflop)
     wrong = []
-    for case, shape in sorted(chosen, key=lambda item: work(item[1])):  # a run that is cut short loses the giants
+    for case, shape in chosen:
         print(f"{case} {shape.name}", flush=True)
-        try:
-            compared = measure(Problem(shape, torch.device(args.device)), args.seconds / len(chosen))
-        except (timing.WrongOutput, torch.OutOfMemoryError) as error:
-            wrong.append(f"{case} {shape.name}: {error}")
+        problem = Problem(shape, torch.device(args.device))
+        compared = attempt(problem, args.seconds / len(chosen), accepting(problem.call()))
+        if isinstance(compared, Exception):
+            wrong.append(f"{case} {shape.name}: {compared}")
             continue
         best = min(compared.values(), key=lambda result: result.median_ms)
-        rows = [row(case, shape, name, result) for name, result in compared.items()]
-        results.append("attention", rows, env, args.results)
-        for line, (name, result) in zip(rows, compared.items(), strict=True):
+        lines = [row(case, shape, name, result) for name, result in compared.items()]
+        results.append("attention", lines, env, args.results)
+        for line, (name, result) in zip(lines, compared.items(), strict=True):
             results.append_samples("attention", line, result, args.samples)
             print(f"  {'*' if result is best else ' '} {name:14s} {result}", flush=True)
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
     print("\n".join(f"FAILED {line}" for line in wrong))
     return 1 if wrong else 0
 

@@ -62,11 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def environment(commit: str | None = None) -> dict[str, str]:
     """Date, code and machine of this run, as strings. ``commit``: see ``add_arguments``."""
     described = _commit(commit)
+    return {
+        **machine(),
+        "commit": described.removesuffix("-dirty"),
+        "dirty": "yes" if described.endswith("-dirty") else "no",
+    }
+
+
+def machine() -> dict[str, str]:
+    """Date, GPU and versions."""
     gpu, driver = _gpu()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": described.removesuffix("-dirty"),
-        "dirty": "yes" if described.endswith("-dirty") else "no",
         "gpu": gpu,
         "driver": driver,
         "torch": torch.__version__,

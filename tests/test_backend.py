@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from videoattn import backend as backend_module
+from videoattn import measured
 from videoattn.backend import UnsupportedCall, backends, select, validate_backend
 from videoattn.call import Call
 from videoattn.policy import EXACT, Dense
@@ -24,14 +25,11 @@ CALL = Call(
 
 
 class Stub:
-    def __init__(self, name, *, rank=1.0, takes=(EXACT,), reason="not today"):
-        self.name, self.ranked, self.takes, self.reason = name, rank, takes, reason
+    def __init__(self, name, *, takes=(EXACT,), reason="not today"):
+        self.name, self.takes, self.reason = name, takes, reason
 
     def refuses(self, call, decision):
         return None if decision in self.takes else self.reason
-
-    def rank(self, call):
-        return self.ranked
 
 
 @pytest.fixture
@@ -39,15 +37,28 @@ def among(monkeypatch):
     return lambda *stubs: monkeypatch.setattr(backend_module, "backends", lambda: stubs)
 
 
-def test_the_best_ranked_that_accepts_wins(among):
-    among(Stub("slow", rank=3), Stub("fast", rank=1), Stub("fastest", rank=0, takes=()))
+def test_of_those_that_accept_the_table_decides(among, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        measured, "choose", lambda call, names: asked.append((call, names)) or (names[-1], "measured 2.00x")
+    )
+    among(Stub("slow"), Stub("fast"), Stub("fastest", takes=()))
     choice = select(CALL, EXACT)
-    assert (choice.backend.name, choice.decision, choice.why) == ("fast", EXACT, "")
+    assert asked == [(CALL, ("slow", "fast"))]
+    assert (choice.backend.name, choice.decision, choice.why) == ("fast", EXACT, "measured 2.00x")
     assert choice.refusals == (("fastest", "not today"),)
+    assert select(CALL, BOUNDED).why == "int8_qk_fp8_pv -> exact: no GPU; measured 2.00x"
+
+
+def test_torchs_own_choice_comes_before_the_others_wherever_it_is_listed(among):
+    among(Stub("first"), Stub("sdpa"))
+    assert select(CALL, EXACT).backend.name == "sdpa"
+    among(Stub("first"), Stub("sdpa", takes=()), Stub("last"))
+    assert select(CALL, EXACT).backend.name == "first"
 
 
 def test_a_decision_that_somebody_computes_is_kept(among):
-    among(Stub("plain"), Stub("quantised", rank=5, takes=(BOUNDED,)))
+    among(Stub("sdpa"), Stub("quantised", takes=(BOUNDED,)))
     choice = select(CALL, BOUNDED)
     assert (choice.backend.name, choice.decision, choice.why) == ("quantised", BOUNDED, "")
 
@@ -61,8 +72,9 @@ def test_a_decision_that_nobody_computes_falls_back_to_exact_and_says_so(among):
 
 
 def test_a_named_backend_is_obeyed(among):
-    among(Stub("best", rank=0), Stub("named", rank=9))
-    assert select(CALL, EXACT, "named").backend.name == "named"
+    among(Stub("sdpa"), Stub("named"))
+    choice = select(CALL, EXACT, "named")
+    assert (choice.backend.name, choice.why) == ("named", "named by the caller")
 
 
 def test_a_named_backend_never_gives_way_to_another(among):
@@ -81,7 +93,7 @@ def test_a_named_exact_backend_computes_what_it_can_and_says_so(among):
     among(Stub("quantised", takes=(BOUNDED,)), Stub("named"))
     choice = select(CALL, BOUNDED, "named")
     assert (choice.backend.name, choice.decision) == ("named", EXACT)
-    assert choice.why == "int8_qk_fp8_pv -> exact: no GPU"
+    assert choice.why == "int8_qk_fp8_pv -> exact: no GPU; named by the caller"
 
 
 def test_where_nobody_computes_every_reason_is_given(among):

@@ -73,7 +73,7 @@ def test_a_problem_lies_in_memory_as_its_row_says(change):
 )
 def test_every_backend_is_measured_and_checked_on_every_kind_of_mask(change):
     problem = attention.Problem(tiny(**change), torch.device("cpu"))
-    compared = attention.measure(problem, seconds=0.02)
+    compared = attention.measure(problem, 0.02, attention.accepting(problem.call()))
     assert {"sdpa", "sdpa_math"} <= set(compared) or change.get("kind") == "text"
     assert all(result.error < 1e-5 for result in compared.values())
     row = attention.row("case", problem.shape, "sdpa_math", compared["sdpa_math"])
@@ -85,7 +85,7 @@ def test_a_wrong_kernel_fails_the_run(monkeypatch):
     problem = attention.Problem(tiny(), torch.device("cpu"))
     monkeypatch.setattr(attention.Problem, "planned", lambda self, backend: lambda q, k, v, mask, kv_len: 1.02 * v)
     with pytest.raises(timing.WrongOutput):
-        attention.measure(problem, seconds=0.02)
+        attention.measure(problem, 0.02, attention.accepting(problem.call()))
 
 
 def tiny(**change):

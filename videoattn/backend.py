@@ -1,4 +1,5 @@
-"""Who computes a decision. A backend says why it will not, or makes a plan; `select` takes the first that will.
+"""Who computes a decision. A backend says why it will not, or makes a plan; of those that will, `select` takes the one
+that was measured the fastest.
 
 A new kernel is one file under kernels/ with a list `BACKENDS`, and one line in `MODULES` here.
 """
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from videoattn import measured
 from videoattn.call import Call
 from videoattn.policy import EXACT, Decision
 
@@ -28,9 +30,6 @@ class Backend(Protocol):
 
     def refuses(self, call: Call, decision: Decision) -> str | None:
         """None where the backend can compute the decision for this call, else the reason in a few words."""
-
-    def rank(self, call: Call) -> float:
-        """Expected time relative to the other backends that accept the call; the lowest is tried first."""
 
     def plan(self, call: Call, decision: Decision) -> Run:
         """A callable for calls of exactly this shape."""
@@ -65,27 +64,25 @@ def validate_backend(name: str) -> None:
 def select(call: Call, decision: Decision, name: str = "auto") -> Choice:
     """The backend for a call.
 
-    A named backend is obeyed or refuses with UnsupportedCall. With "auto" the best-ranked backend that accepts wins; a
-    decision that nobody here can compute falls back to exact, never to a lossier one, and `why` says so.
+    A named backend is obeyed or refuses with UnsupportedCall. With "auto" `measured.choose` decides among those that
+    accept; a decision that nobody here can compute falls back to exact, never to a lossier one, and `why` says so.
     """
     refusals: list[tuple[str, str]] = []
-    accepted: list[Backend] = []
+    accepted: dict[str, Backend] = {}
     for backend in backends():
         reason = backend.refuses(call, decision)
         if reason is None:
-            accepted.append(backend)
+            accepted[backend.name] = backend
         else:
             refusals.append((backend.name, reason))
 
-    if name != "auto":
-        for backend in accepted:
-            if backend.name == name:
-                return Choice(backend=backend, decision=decision, why="named by the caller", refusals=tuple(refusals))
-        if decision == EXACT:
-            raise UnsupportedCall(f"backend {name!r} refuses {_describe(call)}: {dict(refusals)[name]}")
-    elif accepted:
-        best = min(accepted, key=lambda backend: backend.rank(call))
-        return Choice(backend=best, decision=decision, why="", refusals=tuple(refusals))
+    if name in accepted:
+        return Choice(backend=accepted[name], decision=decision, why="named by the caller", refusals=tuple(refusals))
+    if name == "auto" and accepted:
+        best, why = measured.choose(call, tuple(accepted))
+        return Choice(backend=accepted[best], decision=decision, why=why, refusals=tuple(refusals))
+    if name != "auto" and decision == EXACT:
+        raise UnsupportedCall(f"backend {name!r} refuses {_describe(call)}: {dict(refusals)[name]}")
     if decision == EXACT:
         listed = "; ".join(f"{backend}: {reason}" for backend, reason in refusals)
         raise UnsupportedCall(f"no backend computes {_describe(call)}: {listed}")
@@ -95,7 +92,7 @@ def select(call: Call, decision: Decision, name: str = "auto") -> Choice:
     return Choice(
         backend=choice.backend,
         decision=EXACT,
-        why=f"{decision} -> exact: {reason}",
+        why="; ".join(part for part in (f"{decision} -> exact: {reason}", choice.why) if part),
         refusals=(*refusals, *choice.refusals),
     )
 

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import importlib
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 something here is broken (doctor, a benchmark), 2 wrong use."""
     parser = _parser()
     args = parser.parse_args(argv)
+    args.typed = shlex.join(["videoattn", *(sys.argv[1:] if argv is None else argv)])
     try:
         return args.run(args)
     # What users can get wrong: values (ours and diffusers' checks), and files, folders and hub ids that are not there.
@@ -68,6 +71,16 @@ def _parser() -> Parser:
 
     command = commands.add_parser("doctor", help="what works in this environment, and what does not")
     command.set_defaults(run=_doctor)
+
+    command = commands.add_parser("calibrate", help="measure this GPU, so that the fastest kernel is chosen on it")
+    command.add_argument("--seconds", type=float, default=60.0, help="the most that is spent (%(default)s)")
+    command.add_argument("--only", default="", help="only calls whose name contains this: a model, a kind, a size")
+    command.add_argument(
+        "--max-gflop", type=float, default=10_000.0, help="leave out calls with more work than this (%(default)s)"
+    )
+    command.add_argument("--out", type=Path, help="another file than the one in the cache folder, which takes effect")
+    command.add_argument("--from-csv", type=Path, help="measure nothing: make OUT of an attention.csv")
+    command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("bench", help="run a benchmark; its own flags follow its name")
     command.add_argument(
@@ -124,6 +137,18 @@ def _doctor(args: argparse.Namespace) -> int:
     checks = doctor.examine()
     doctor.show(checks)
     return FAULT if any(check.state == "broken" for check in checks) else OK
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from videoattn import calibration
+
+    if args.from_csv is None:
+        return calibration.calibrate(
+            out=args.out, seconds=args.seconds, only=args.only, max_gflop=args.max_gflop, command=args.typed
+        )
+    if args.out is None:
+        raise ValueError(f"--from-csv {args.from_csv}: wanted --out, got none")
+    return calibration.from_results(args.from_csv, args.out, args.typed)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -1,0 +1,154 @@
+"""`videoattn calibrate`: time every exact backend on the attention calls of real models, into a table of measured.py.
+
+The calls are the rows of benchmarks/shapes.toml, timed and checked by benchmarks/attention.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table as Printed
+
+from videoattn import measured
+from videoattn.benchmarks import attention, results
+from videoattn.benchmarks.find_shapes import Shape
+from videoattn.call import Call
+from videoattn.measured import Evidence, Row, Source, Table
+
+LEFT_OUT = "sdpa_math"  # its scores stand in memory: no gain in time is worth that, so it has none in a table
+
+
+class Line(NamedTuple):
+    """A row of the table, and the call that it was measured on."""
+
+    case: str
+    call: Call
+    row: Row
+
+
+def calibrate(*, out: Path | None, seconds: float, only: str, max_gflop: float, command: str) -> int:
+    """Measure the current GPU, write its table, and print what it changes.
+
+    Args:
+        out: the file, or None for the one in the user's cache folder, where it takes effect.
+        seconds: the most that is spent, one row's time aside; the rows with the most work come last.
+        only, max_gflop: which rows of shapes.toml.
+        command: what was typed, for the table's head.
+
+    Returns:
+        0, or 1 if a backend computed something wrong.
+
+    Raises:
+        ValueError: no GPU to measure, or no row.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    card = measured.card(device)
+    if card is None:
+        raise ValueError(
+            "calibrate: wanted an NVIDIA GPU, got none. Run it on the machine that makes the videos; without a GPU "
+            "torch's own choice of kernel runs, and there is nothing to measure"
+        )
+    lines, faults, notes = _measure(attention.rows(only, max_gflop), device, seconds)
+    if not lines:
+        raise ValueError("calibrate: nothing was measured: " + "; ".join(faults + notes))
+    cudnn = str(torch.backends.cudnn.version() or "")
+    table = _table([line.row for line in lines], results.machine(), cudnn, command)
+    path = out or measured.user_path(card.gpu)
+    _show(lines, Source(table=table, path=path))
+    table.write(path)
+    measured.evidence.cache_clear()
+    print("\n".join([*(f"FAILED {fault}" for fault in faults), *notes, f"{len(lines)} calls written to {path}"]))
+    return 1 if faults else 0
+
+
+def from_results(file: Path, out: Path, command: str) -> int:
+    """The table of the newest rows of an attention.csv, one run for each call, all of one GPU."""
+    runs: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
+    written = results.read(file)
+    if not written:
+        raise ValueError(f"{file}: wanted rows of the attention benchmark, got none")
+    newest = max(written, key=lambda row: row["date"])
+    same = ("gpu", "driver", "torch", "triton")
+    for row in written:
+        if all(row[name] == newest[name] for name in same):
+            runs.setdefault(_key(row), {}).setdefault(row["date"], []).append(row)
+    rows = []
+    for case, shape in attention.rows():
+        dates = runs.get(_key(attention.identity(case, shape)))
+        if dates:
+            rows.append(_row(shape, {row["kernel"]: row for row in dates[max(dates)]}))
+    _table(rows, newest, "", command).write(out)
+    print(f"{len(rows)} calls written to {out}")
+    return 0
+
+
+def _measure(
+    chosen: list[tuple[str, Shape]], device: torch.device, seconds: float
+) -> tuple[list[Line], list[str], list[str]]:
+    """The measured rows, the outputs that were wrong, and what was left out."""
+    deadline = time.perf_counter() + seconds
+    lines: list[Line] = []
+    faults: list[str] = []
+    notes: list[str] = []
+    for index, (case, shape) in enumerate(track(chosen, "measuring")):
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            notes.append(f"{len(chosen) - index} calls with more work left out: --seconds {seconds:g} are over")
+            break
+        problem = attention.Problem(shape, device)
+        call = problem.call()
+        among = [backend for backend in attention.accepting(call) if backend.name != LEFT_OUT]
+        compared = attention.attempt(problem, left / (len(chosen) - index), among)
+        if isinstance(compared, torch.OutOfMemoryError):
+            notes.append(f"{case} {shape.name} left out: more memory than there is")
+        elif isinstance(compared, Exception):
+            faults.append(f"{case} {shape.name}: {compared}")
+        else:
+            timings = {name: attention.row(case, shape, name, result) for name, result in compared.items()}
+            lines.append(Line(case, call, _row(shape, timings)))
+    return lines, faults, notes
+
+
+def _row(shape: Shape, timings: Mapping[str, Mapping[str, object]]) -> Row:
+    """Rows of attention.csv, backend -> row, as times that hold no drift: the baseline's over each one's ratio."""
+    problem = attention.Problem(shape, torch.device("cpu"))
+    ms = {name: float(row["baseline_ms"]) / float(row["ratio"]) for name, row in timings.items() if name != LEFT_OUT}
+    if not problem.has_kv_len:  # baseline and control are the same function: the faster of the two is to be beaten
+        ms[measured.TORCH] = min(ms[measured.TORCH], float(timings[measured.TORCH]["baseline_ms"]))
+    return Row.of(problem.call(), ms)
+
+
+def _table(rows: list[Row], machine: Mapping[str, str], cudnn: str, command: str) -> Table:
+    head = {name: machine[name] for name in ("gpu", "torch", "triton", "driver", "date")}
+    return Table(**head, cudnn=cudnn, command=command, rows=tuple(rows))
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("case", "shape", "dtype", "layout"))
+
+
+def _show(lines: list[Line], source: Source) -> None:
+    """Each call's times, and who computes it by them instead of whom."""
+    changes = 0
+    printed = Printed("call", "B x H x Nq x Nk x D", "torch's choice", "fastest", "chosen", "before")
+    for case, call, row in lines:
+        names = [backend.name for backend in attention.accepting(call)]
+        (before, _), (chosen, _) = measured.choose(call, names), Evidence(sources=(source,)).choose(call, names)
+        changes += chosen != before
+        fastest = min(row.ms, key=row.ms.__getitem__)
+        printed.add_row(
+            case,
+            f"{call.batch} x {call.heads} x {call.q_len} x {call.kv_len} x {call.head_dim}",
+            f"{row.ms[measured.TORCH]:.4g} ms" if measured.TORCH in row.ms else "",
+            f"{fastest} {row.ms[fastest]:.4g} ms",
+            chosen,
+            before if chosen != before else "",
+        )
+    Console().print(printed)
+    print(f"another backend than before for {changes} of {len(lines)} calls")
