@@ -24,7 +24,10 @@ class WanProcessor(FastProcessor):
         context, image = encoder_hidden_states, None
         if attn.add_k_proj is not None:
             image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        stream = Stream(*self._project(attn, hidden_states, context), attn.norm_q, attn.norm_k, rotary_emb)
+        rope = None
+        if rotary_emb is not None:  # the host's tables hold each value twice; q and k share the halves
+            rope = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+        stream = Stream(*self._project(attn, hidden_states, context), attn.norm_q, attn.norm_k, rope)
         q, k, v = self.prologue(attn.heads, stream)
         out = self.run(q, k, v, attention_mask)
 

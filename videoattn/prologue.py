@@ -96,9 +96,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def rotate_pairs(x: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of neighbouring elements (2i, 2i+1), computed in the tables' dtype, returned in x's.
 
-    x: [B, N, H, D]; rope: cos and sin [1, N, 1, D], each value twice (Su et al., arXiv:2104.09864, section 3.4).
+    x: [B, N, H, D]; rope: cos and sin [1, N, 1, D/2] (Su et al., arXiv:2104.09864, section 3.4).
     """
-    cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
+    cos, sin = rope
     even, odd = x[..., 0::2], x[..., 1::2]
     out = torch.empty_like(x)
     out[..., 0::2] = even * cos - odd * sin
