@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from videoattn import guard
 from videoattn.backend import Backend, backends
 from videoattn.benchmarks import find_shapes, results, timing
 from videoattn.benchmarks.find_shapes import Shape
@@ -108,7 +109,7 @@ class Problem:
         return out.transpose(1, 2)
 
     def planned(self, backend: Backend) -> Callable[..., Tensor]:
-        run = backend.plan(self.call(), EXACT)
+        run = backend.plan(self.call(), EXACT, guard.flag())
         keeps_mask = not self.has_kv_len
         return lambda q, k, v, mask, kv_len: run(q, k, v, mask if keeps_mask else None, kv_len, None)
 

@@ -153,7 +153,7 @@ def test_doctor_finds_a_kernel_that_computes_nonsense(monkeypatch):
         def refuses(self, call, decision):
             return None
 
-        def plan(self, call, decision):
+        def plan(self, call, decision, flag=None):
             return lambda q, k, v, mask, kv_len, scale: torch.zeros_like(q)
 
     monkeypatch.setattr(doctor, "backends", lambda: (Wrong(),))

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from videoattn import measured
@@ -27,12 +26,18 @@ MODULES = ("videoattn.kernels.sdpa",)
 
 class Backend(Protocol):
     name: str
+    own: bool
+    """Whether the kernel is this project's: then it is checked before its first call and watched while it runs."""
 
     def refuses(self, call: Call, decision: Decision) -> str | None:
         """None where the backend can compute the decision for this call, else the reason in a few words."""
 
-    def plan(self, call: Call, decision: Decision) -> Run:
-        """A callable for calls of exactly this shape."""
+    def plan(self, call: Call, decision: Decision, flag: Tensor | None = None) -> Run:
+        """A callable for calls of exactly this shape.
+
+        flag: int32 [1] in memory that the host and the call's device share (`videoattn.guard.flag`). A kernel that is our
+            own stores 1 there when an output is not finite, and nothing else; others ignore it. None: nobody looks.
+        """
 
 
 class UnsupportedCall(ValueError):
@@ -61,16 +66,19 @@ def validate_backend(name: str) -> None:
         raise ValueError(f"backend: wanted one of {', '.join(names)}, got {name!r}")
 
 
-def select(call: Call, decision: Decision, name: str = "auto") -> Choice:
+def select(
+    call: Call, decision: Decision, name: str = "auto", failed: Callable[[Backend], str | None] = lambda backend: None
+) -> Choice:
     """The backend for a call.
 
     A named backend is obeyed or refuses with UnsupportedCall. With "auto" `measured.choose` decides among those that
     accept; a decision that nobody here can compute falls back to exact, never to a lossier one, and `why` says so.
+    `failed` says why a backend that accepts is not to be used all the same, None where it is.
     """
     refusals: list[tuple[str, str]] = []
     accepted: dict[str, Backend] = {}
     for backend in backends():
-        reason = backend.refuses(call, decision)
+        reason = failed(backend) or backend.refuses(call, decision)
         if reason is None:
             accepted[backend.name] = backend
         else:
@@ -82,24 +90,16 @@ def select(call: Call, decision: Decision, name: str = "auto") -> Choice:
         best, why = measured.choose(call, tuple(accepted))
         return Choice(backend=accepted[best], decision=decision, why=why, refusals=tuple(refusals))
     if name != "auto" and decision == EXACT:
-        raise UnsupportedCall(f"backend {name!r} refuses {_describe(call)}: {dict(refusals)[name]}")
+        raise UnsupportedCall(f"backend {name!r} refuses {call}: {dict(refusals)[name]}")
     if decision == EXACT:
         listed = "; ".join(f"{backend}: {reason}" for backend, reason in refusals)
-        raise UnsupportedCall(f"no backend computes {_describe(call)}: {listed}")
+        raise UnsupportedCall(f"no backend computes {call}: {listed}")
 
     reason = "no GPU" if call.device.type == "cpu" else f"no kernel for it on {call.device.type}"
-    choice = select(call, EXACT, name)
+    choice = select(call, EXACT, name, failed)
     return Choice(
         backend=choice.backend,
         decision=EXACT,
         why="; ".join(part for part in (f"{decision} -> exact: {reason}", choice.why) if part),
         refusals=(*refusals, *choice.refusals),
-    )
-
-
-def _describe(call: Call) -> str:
-    dtype = str(call.dtype).removeprefix("torch.")
-    return (
-        f"{call.kind} attention, batch {call.batch}, q_len {call.q_len}, kv_len {call.kv_len}, heads {call.heads}, "
-        f"head_dim {call.head_dim}, {dtype}, mask {call.mask}, on {torch.device(call.device)}"
     )

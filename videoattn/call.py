@@ -111,6 +111,13 @@ class Call:
     has_kv_len: bool = False
     causal: bool = False
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.kind} attention, batch {self.batch}, q_len {self.q_len}, kv_len {self.kv_len}, heads {self.heads}, "
+            f"head_dim {self.head_dim}, {dtype}, mask {self.mask}, on {self.device}"
+        )
+
     @property
     def flops(self) -> int:
         """Floating-point operations of the two matrix products, masks not deducted."""

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
+from videoattn import guard
 from videoattn.backend import backends
 from videoattn.call import Call
 from videoattn.policy import EXACT
@@ -157,7 +158,7 @@ def _attention() -> Iterator[Check]:
             yield Check(name=backend.name, found="refuses", state="note", why=reason)
             continue
         try:
-            out = backend.plan(call, EXACT)(q, k, v, None, None, None)
+            out = backend.plan(call, EXACT, guard.flag())(q, k, v, None, None, None)
             assert_close_to_oracle(out, q, k, v)
         except (RuntimeError, AssertionError) as error:
             yield Check(name=backend.name, found="fails", state="broken", why=str(error))

@@ -40,7 +40,8 @@ class Report:
         title: the pipeline or denoiser and its policy.
         sites: one row for each site and shape.
         refused: (site, reason) of every attention layer that was left untouched.
-        notes: facts about the whole, e.g. that the last forward took the host's own path.
+        notes: facts about the whole, e.g. that the last forward took the host's own path, or that
+            an output of ours was not finite in this generation.
         generations, denoiser_calls: since attention was enabled.
     """
 
@@ -75,10 +76,15 @@ def build(title: str, sessions: Sequence[Session]) -> Report:
         title=title,
         sites=tuple(rows),
         refused=tuple((p.site.name, p.refusal) for session in sessions for p in session.patches if p.refusal),
-        notes=tuple(f"{session.model_name}: {session.bypass}" for session in sessions if session.bypass),
+        notes=tuple(f"{session.model_name}: {note}" for session in sessions for note in _notes(session)),
         generations=max(session.clock.generation + 1 for session in sessions),
         denoiser_calls=sum(session.clock.calls for session in sessions),
     )
+
+
+def _notes(session: Session) -> list[str]:
+    marks = [f"generation {session.clock.generation} is marked: {mark}" for mark in session.marks]
+    return [session.bypass, *marks] if session.bypass else marks
 
 
 def _rows(session: Session, patch: Patch) -> list[SiteRow]:

@@ -14,24 +14,27 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
+from videoattn import guard
 from videoattn.backend import Choice, Run, select
 from videoattn.call import Call, Kind, Layout
-from videoattn.policy import Decision
+from videoattn.policy import EXACT, Decision
+from videoattn.verify import select_verified
 
 
 @dataclass(slots=True)
 class Plan:
-    """A planned call and how often it ran."""
+    """A planned call, how often it ran, and the flag of a kernel of ours that runs it."""
 
     call: Call
     choice: Choice
     run: Run
+    flag: Tensor | None = None
     calls: int = 0
 
 
@@ -133,10 +136,30 @@ class Runner:
             has_kv_len=kv_len is not None,
             causal=causal,
         )
-        choice = select(call, self.decision, self.backend)
         if 0 in (call.batch, call.q_len, call.kv_len):  # a row without a key is 0; no kernel sees an empty product
+            choice = select(call, self.decision, self.backend)
             return Plan(call, choice, lambda q, k, v, mask, kv_len, scale: torch.zeros_like(q))
-        return Plan(call, choice, choice.backend.plan(call, choice.decision))
+        choice = select_verified(call, self.decision, self.backend)
+        flag = guard.flag() if choice.backend.own else None
+        return Plan(call, choice, choice.backend.plan(call, choice.decision, flag), flag)
+
+    def replace_flagged(self) -> list[str]:
+        """Take torch's exact attention where an output of ours was not finite; a line on each such plan.
+
+        A backend that was named stays. A plan that was replaced may be found again, where a CUDA graph still runs it.
+        """
+        flagged = [plan for plan in self.plans.values() if plan.flag is not None and guard.lower(plan.flag)]
+        for plan in flagged:
+            if plan.choice.backend.own:
+                self._replace(plan)
+        return [f"{plan.choice.why}: {plan.call}" for plan in flagged]
+
+    def _replace(self, plan: Plan) -> None:
+        reason, choice = f"output of {plan.choice.backend.name} was not finite", plan.choice
+        if self.backend == "auto":
+            choice = select(plan.call, EXACT, failed=lambda backend: reason if backend.own else None)
+            plan.run = choice.backend.plan(plan.call, EXACT)
+        plan.choice = replace(choice, why=reason)
 
 
 _numbers = itertools.count()

@@ -7,12 +7,14 @@ offloading, which wraps `forward`, not the hooks.
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from videoattn import guard
 from videoattn.backend import backends, validate_backend
 from videoattn.call import Call, Site, Step
 from videoattn.clock import Clock
@@ -57,6 +59,7 @@ class Session:
         self.backend = backend
         self.bypass = ""  # why the last forward took the host's own path, if it did
         self.clock = Clock()
+        self.marks: list[str] = []  # what in this generation was not finite
         self._phase: tuple | None = None  # what the processors are bound for
         self._pipe = _PipeReference(pipe)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -140,8 +143,12 @@ class Session:
         grid = None if self.adapter.grid is None else self.adapter.grid(model, inputs)
         pipe, generation = self._pipe(), self.clock.generation
         step = self.clock.tick(getattr(pipe, "scheduler", None), inputs.get("timestep"), grid)
-        if pipe is not None and step.generation != generation:
-            self._follow_modules(model)
+        begins = step.generation != generation
+        self.look(generation, wait=begins and pipe is not None)
+        if begins:
+            self.marks.clear()
+            if pipe is not None:
+                self._follow_modules(model)
         kv_len = self._kv_len(model, inputs, grid)
         self.bypass = _needs_grad(model, inputs)
         phase = (self.bypass, self.policy.phase(step))
@@ -159,6 +166,29 @@ class Session:
         self._phase = phase
         for runner in self._runners.values():
             runner.serve()
+
+    def look(self, generation: int, *, wait: bool) -> None:
+        """See whether outputs of our kernels were finite: if not, other kernels take over, and the generation is marked.
+
+        generation: which one has run so far.
+        wait: also for what the device has yet to do; without, this costs the host 3 microseconds at most.
+        """
+        if wait:
+            plans = (plan for runner in self._runners.values() for plan in runner.plans.values())
+            guard.wait({plan.call.device for plan in plans if plan.flag is not None})
+        if not guard.raised():
+            return
+        named = self.backend != "auto"
+        then = "The backend was named and stays." if named else "From now on torch's attention computes such calls."
+        for line in [line for runner in self._runners.values() for line in runner.replace_flagged()]:
+            if line not in self.marks:
+                self.marks.append(line)
+                warnings.warn(
+                    f"{self.model_name}, generation {generation}: {line}. Its inputs may not have been finite either. "
+                    f"The report marks this generation. {then}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _follow_modules(self, model: nn.Module) -> None:
         """The host has swapped whole blocks since (FreeNoise): theirs are the sites now."""

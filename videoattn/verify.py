@@ -1,0 +1,149 @@
+"""Whether a kernel of ours computes right on this machine, found out before its first call.
+
+A small part of the call (one head of keys, at most 256 rows of queries, every key) on synthetic inputs of three kinds,
+against the reference of the same decision. What is found holds for the call's class, as long as the process lives.
+
+Shape letters: B batch, Nq queries, Nk keys, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from videoattn import guard
+from videoattn.backend import Backend, Choice, select
+from videoattn.call import Call
+from videoattn.kernels import reference
+from videoattn.policy import EXACT, Decision
+from videoattn.testing import excess, plain_attention
+
+REFERENCES = {EXACT: reference.attend}  # a decision's oracle, with the arguments of this one
+
+ROWS = 256
+SCORES = 2**22  # that the oracle makes at a time: 32 MiB a tensor
+FACTOR = 4.0  # twice what tests of a kernel allow: a chance in the rounding is no fault
+
+_found: dict[tuple, str | None] = {}
+
+
+def select_verified(call: Call, decision: Decision, name: str = "auto") -> Choice:
+    """`select`, passing over kernels of ours that are wrong on calls like this, with a RuntimeWarning for each.
+
+    Raises:
+        UnsupportedCall: as `select`; also where the backend named is wrong.
+    """
+    wrong: dict[str, str] = {}
+    while True:
+        choice = select(call, decision, name, failed=lambda backend: wrong.get(backend.name))
+        reason = fault(choice.backend, call, choice.decision) if choice.backend.own else None
+        if reason is None:
+            break
+        wrong[choice.backend.name] = reason
+    passed_over = [f"{name} passed over: {reason}" for name, reason in wrong.items()]
+    for why in passed_over:
+        warnings.warn(f"{call}: {why}", RuntimeWarning, stacklevel=2)
+    return replace(choice, why="; ".join(why for why in (*passed_over, choice.why) if why))
+
+
+def fault(backend: Backend, call: Call, decision: Decision) -> str | None:
+    """What is wrong with a backend on calls of this class, None where it is right; found out once a process."""
+    key = (backend.name, decision, _shape_class(call), call.dtype, call.device)
+    if key not in _found:
+        if guard.capturing(call.device):
+            return "its check cannot run while a CUDA graph is captured"
+        _found[key] = _check(backend, call, decision)
+    return _found[key]
+
+
+def _shape_class(call: Call) -> tuple:
+    lengths = ((n.bit_length(), n % 64 == 0) for n in (call.q_len, call.kv_len))
+    return (
+        call.layout,
+        call.mask,
+        call.has_kv_len,
+        call.causal,
+        call.head_dim,
+        call.heads // call.kv_heads,
+        *lengths,
+    )
+
+
+@torch.no_grad()
+def _check(backend: Backend, call: Call, decision: Decision) -> str | None:
+    call, oracle = _part(call), REFERENCES[decision]
+    generator = torch.Generator(call.device).manual_seed(0)  # nobody's random numbers change
+    run = backend.plan(call, decision, guard.flag())
+    mask, kv_len = _mask(call, generator), _kv_len(call)
+    options = {"mask": mask, "kv_len": kv_len, "causal": call.causal}
+    with torch.autocast(call.device.type, enabled=False):
+        for kind, *qkv in _inputs(call, generator):
+            if call.layout == "BNHD":
+                out = run(*qkv, mask, kv_len, None)
+            else:
+                out = run(*(x.transpose(1, 2).contiguous() for x in qkv), mask, kv_len, None).transpose(1, 2)
+            exact = _by_rows(lambda *qkv, **options: oracle(*qkv, **options)[0], *qkv, **options)
+            wrong = excess(out, exact, _by_rows(plain_attention, *qkv, **options), factor=FACTOR)
+            if wrong is not None:
+                return f"{wrong}, on {kind}"
+    return None
+
+
+def _part(call: Call) -> Call:
+    """What is computed of a call: few rows, but as many beyond a multiple of 64 as the call has."""
+    return replace(
+        call,
+        batch=max(1, min(call.batch, ROWS // max(call.q_len, call.kv_len))),
+        q_len=min(call.q_len, ROWS - -call.q_len % 64),
+        heads=call.heads // call.kv_heads,
+        kv_heads=1,
+    )
+
+
+def _inputs(call: Call, generator: torch.Generator) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(what they are, q [B, Nq, H, D], k and v [B, Nk, 1, D])"""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=call.device)
+
+    q = normal(call.batch, call.q_len, call.heads, call.head_dim)
+    k, v = (normal(call.batch, call.kv_len, 1, call.head_dim) for _ in "kv")
+    offset = 8 * normal(call.head_dim)
+    outlier = torch.ones_like(offset)
+    outlier[:: -(-call.head_dim // 3)] = 10.0
+    for kind, factor, shift in (
+        ("normal inputs", 1.0, 0.0),
+        ("keys with a common offset", 1.0, offset),
+        ("inputs with outlier channels", outlier, 0.0),
+    ):
+        yield kind, *(x.to(call.dtype) for x in (q * factor, k * factor + shift, v * factor))
+
+
+def _mask(call: Call, generator: torch.Generator) -> Tensor | None:
+    if call.mask == "none":
+        return None
+    mask = torch.randn(call.q_len, call.kv_len, generator=generator, device=call.device)
+    return mask > -1 if call.mask == "bool" else mask.to(call.dtype)
+
+
+def _kv_len(call: Call) -> Tensor | None:
+    """Two thirds of the keys, one more or less from row to row."""
+    if not call.has_kv_len:
+        return None
+    rows = torch.arange(call.batch, dtype=torch.int32, device=call.device)
+    return call.kv_len - (call.kv_len // 3 + rows) % call.kv_len
+
+
+def _by_rows(
+    attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kv_len: Tensor | None, causal: bool
+) -> Tensor:
+    """`attend` over a few rows of queries at a time; all at once if causal, where a row must know its place."""
+    scores_a_row = q.shape[0] * q.shape[2] * k.shape[1]
+    rows = q.shape[1] if causal else max(1, SCORES // scores_a_row)
+    parts = zip(q.split(rows, dim=1), repeat(None) if mask is None else mask.split(rows), strict=False)
+    return torch.cat([attend(q, k, v, mask=mask, kv_len=kv_len, causal=causal) for q, mask in parts], dim=1)
