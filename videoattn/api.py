@@ -85,7 +85,7 @@ def fast_attention(
 
 
 def report(pipe: object) -> Report:
-    """What was swapped, what runs there and why; `str()` of it is a table.
+    """What was swapped, what runs there and why; `str()` of it is a table. Waits for what runs.
 
     Raises:
         ValueError: attention is not enabled on `pipe`.
@@ -93,6 +93,8 @@ def report(pipe: object) -> Report:
     sessions = [session for model in _denoisers(pipe) if (session := session_of(model)) is not None]
     if not sessions:
         raise ValueError(f"report: wanted a pipeline with fast attention enabled, got an untouched {_name(pipe)}")
+    for session in sessions:
+        session.look(session.clock.generation, wait=True)
     return reports.build(f"{_name(pipe)}, policy {sessions[0].policy.name}", sessions)
 
 
