@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 OK, FAULT, WRONG_USE = 0, 1, 2
 BENCHMARKS = {
-    "all": "attention, forward and host_time",
+    "all": "attention, dispatch, forward and host_time",
     "attention": "every kernel on every attention call of the video models",
+    "dispatch": "what exact attention chooses there, against torch's choice",
     "forward": "whole denoisers at real sizes",
     "host_time": "host time that a call costs more",
     "suite": "seconds of make test and make demo",
