@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny_pipelines
 import torch
 
+import videoattn
 from videoattn import backend, measured
 from videoattn.call import Call
 from videoattn.measured import BORROWED_GAIN, FARTHEST, GAIN, TORCH, Card, Evidence, Row, Source, Table
@@ -283,6 +285,32 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(measured.Path, "home", lambda: tmp_path / "home")
     assert measured.user_path(CARD.gpu).parents[2] == tmp_path / "home" / ".cache"
+
+
+def test_the_report_says_why_and_what_was_passed_over(here):
+    """A denoiser's own call decides by the table: the fused kernels refuse on a CPU, plain products were faster."""
+    pipe = videoattn.enable_fast_attention(tiny_pipelines.build("wan"), "exact")
+    shapes = []
+    seen = measured.choose
+
+    def spy(call, names):
+        shapes.append(call)
+        return seen(call, names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured, "choose", spy)
+        tiny_pipelines.run("wan", pipe)
+    rows = [Row.of(call, {TORCH: 1.0, "sdpa_math": 0.25}) for call in shapes]
+    table(*rows).write(measured.TABLES / "sm_86.json")
+    table(*rows, torch="1.0").write(measured.user_path(CARD.gpu))
+    measured.evidence.cache_clear()
+    videoattn.enable_fast_attention(pipe, "exact")
+    tiny_pipelines.run("wan", pipe)
+    report = videoattn.report(pipe)
+    called = [site for site in report.sites if site.calls]
+    assert called and {site.backend for site in called} == {"sdpa_math"}
+    assert {site.why for site in called} == {"measured 4.00x of torch's choice"}
+    assert len([note for note in report.notes if "measured with torch 1.0" in note]) == 1
 
 
 def test_the_bound_is_stated_in_octaves():

@@ -12,6 +12,7 @@ from videoattn.api import (
     enable_fast_attention,
     fast_attention,
     report,
+    warmup,
 )
 from videoattn.policy import Dense, Policy, Sparse
 
@@ -25,4 +26,5 @@ __all__ = [
     "enable_fast_attention",
     "fast_attention",
     "report",
+    "warmup",
 ]

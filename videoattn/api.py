@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from videoattn import reports
+from videoattn import reports, warming
 from videoattn.pipelines.registry import MODELS, adapter_for
 from videoattn.policy import Policy
 from videoattn.reports import Report
@@ -90,12 +90,50 @@ def report(pipe: object) -> Report:
     Raises:
         ValueError: attention is not enabled on `pipe`.
     """
-    sessions = [session for model in _denoisers(pipe) if (session := session_of(model)) is not None]
-    if not sessions:
-        raise ValueError(f"report: wanted a pipeline with fast attention enabled, got an untouched {_name(pipe)}")
+    sessions = _sessions(pipe, "report")
     for session in sessions:
         session.look(session.clock.generation, wait=True)
     return reports.build(f"{_name(pipe)}, policy {sessions[0].policy.name}", sessions)
+
+
+def warmup(
+    pipe: object,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    prompt: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> float:
+    """Make the plans and compile the kernels of a size ahead of its first generation; returns the seconds it took.
+
+    The pipeline itself begins a generation, which stops once every denoiser was called and is thrown away: a step or
+    two. The report counts it. The next generation gives the same bits as without.
+
+    Args:
+        pipe: a DiffusionPipeline with fast attention enabled.
+        height, width, num_frames: of the videos to come; the pipeline's own defaults where None.
+        prompt: "" where None; its length matters to pipelines that do not pad it.
+        arguments: whatever else the pipeline's call takes and those videos will have: {"image": ...}.
+
+    Raises:
+        TypeError: `pipe` is no pipeline.
+        ValueError: attention is not enabled, or the pipeline takes no argument of a name.
+    """
+    if isinstance(pipe, nn.Module) or not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"warmup: wanted a diffusers pipeline, got {_name(pipe)}; a bare denoiser is warm after one call"
+        )
+    named = {"height": height, "width": width, "num_frames": num_frames, "prompt": prompt}
+    given = {name: value for name, value in named.items() if value is not None}
+    return warming.warm_up(pipe, _sessions(pipe, "warmup"), {**given, **(arguments or {})})
+
+
+def _sessions(pipe: object, asked: str) -> list[Session]:
+    """The sessions of a pipeline's denoisers. ValueError, which names what was asked, where there are none."""
+    sessions = [session for model in _denoisers(pipe) if (session := session_of(model)) is not None]
+    if not sessions:
+        raise ValueError(f"{asked}: wanted a pipeline with fast attention enabled, got an untouched {_name(pipe)}")
+    return sessions
 
 
 def _denoisers(pipe: object) -> list[nn.Module]:

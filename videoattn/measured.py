@@ -202,6 +202,12 @@ def choose(call: Call, names: Sequence[str]) -> tuple[str, str]:
     return (_default(names), "") if found is None else evidence(found).choose(call, names)
 
 
+def note(device: torch.device) -> str:
+    """Why the user's table of a device is passed over, "" where it is not or there is none."""
+    found = card(device)
+    return "" if found is None else evidence(found).note
+
+
 @functools.cache
 def evidence(card: Card) -> Evidence:
     """The user's table of this very card first, then the shipped one of the nearest architecture."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from videoattn import measured
 from videoattn.session import Patch, Session
 
 
@@ -40,9 +41,10 @@ class Report:
         title: the pipeline or denoiser and its policy.
         sites: one row for each site and shape.
         refused: (site, reason) of every attention layer that was left untouched.
-        notes: facts about the whole, e.g. that the last forward took the host's own path, or that
-            an output of ours was not finite in this generation.
+        notes: facts about the whole, e.g. that the last forward took the host's own path, that an output of ours was not
+            finite in this generation, or that a table of measured times was passed over.
         generations, denoiser_calls: since attention was enabled.
+        planning_seconds: what the first call of every shape took longer, `videoattn.warmup` included.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Report:
     notes: tuple[str, ...]
     generations: int
     denoiser_calls: int
+    planning_seconds: float
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -67,18 +70,27 @@ class Report:
             console.print(table)
             for note in self.notes:
                 console.print(note)
+            if self.planning_seconds >= 0.05:
+                console.print(
+                    f"{self.planning_seconds:.1f} s went into plans, once; videoattn.warmup spends them ahead"
+                )
         return capture.get()
 
 
 def build(title: str, sessions: Sequence[Session]) -> Report:
     rows = [row for session in sessions for patch in session.patches for row in _rows(session, patch)]
+    devices = {plan.call.device for session in sessions for plan in session.plans}
     return Report(
         title=title,
         sites=tuple(rows),
         refused=tuple((p.site.name, p.refusal) for session in sessions for p in session.patches if p.refusal),
-        notes=tuple(f"{session.model_name}: {note}" for session in sessions for note in _notes(session)),
+        notes=(
+            *(f"{session.model_name}: {note}" for session in sessions for note in _notes(session)),
+            *sorted({measured.note(device) for device in devices} - {""}),
+        ),
         generations=max(session.clock.generation + 1 for session in sessions),
         denoiser_calls=sum(session.clock.calls for session in sessions),
+        planning_seconds=sum(session.planning_seconds for session in sessions),
     )
 
 

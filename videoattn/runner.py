@@ -15,6 +15,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Runner:
         self.decision = decision
         self.backend = backend
         self.plans: dict[tuple, Plan] = {}
+        self.planning_seconds = 0.0
         self.key = _key(kind, decision, backend)
         self.serve()
 
@@ -105,7 +107,9 @@ class Runner:
         )
         plan = self.plans.get(key)
         if plan is None:
+            started = perf_counter()
             plan = self.plans[key] = self._plan(q, k, v, mask, kv_len, layout, causal)
+            self.planning_seconds += perf_counter() - started
         plan.calls += 1
         return plan.run(q, k, v, mask, kv_len, scale)
 

@@ -22,7 +22,7 @@ from videoattn.pipelines import rebind
 from videoattn.pipelines.adapter import Adapter, set_processor
 from videoattn.pipelines.processor import FastProcessor
 from videoattn.policy import EXACT, Decision, Policy
-from videoattn.runner import Runner
+from videoattn.runner import Plan, Runner
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +74,15 @@ class Session:
                 + ("; ".join(sorted({patch.refusal for patch in self.patches})) or "no attention module")
             )
         self._validate_named_backend()
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [plan for runner in self._runners.values() for plan in runner.plans.values()]
+
+    @property
+    def planning_seconds(self) -> float:
+        """Of every plan so far: the choice, the check of kernels of our own, and their compilation."""
+        return sum(runner.planning_seconds for runner in self._runners.values())
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_kv_lens": []}  # a copy's masks are other objects
@@ -174,8 +183,7 @@ class Session:
         wait: also for what the device has yet to do; without, this costs the host 3 microseconds at most.
         """
         if wait:
-            plans = (plan for runner in self._runners.values() for plan in runner.plans.values())
-            guard.wait({plan.call.device for plan in plans if plan.flag is not None})
+            guard.wait({plan.call.device for plan in self.plans if plan.flag is not None})
         if not guard.raised():
             return
         named = self.backend != "auto"
