@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.call import Call
+from videoattn.kernels.exp2 import split_exp2
 from videoattn.kernels.tiles import alignment, count_not_finite, load_head, parts, store_head
 from videoattn.kernels.triton_backend import TritonBackend, on_device_of, precision, scale_log2, unit_stride
 
@@ -36,14 +37,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages for a head_dim, an element size in bytes and a card (90: Hopper)."""
     if itemsize == 4:  # products in fp32 run on the CUDA cores
-        return {"M": 32, "N": 32 if head_dim <= 128 else 16, "num_warps": 4, "num_stages": 1}
+        return {"M": 32, "N": 32 if head_dim <= 128 else 16, "num_warps": 4, "num_stages": 1, "CUBIC": 0}
     if capability >= 90 and capability < 120:
         if head_dim <= 128:
-            return {"M": 128, "N": 128 if head_dim > 64 else 64, "num_warps": 8, "num_stages": 3 if head_dim <= 64 else 2}
-        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}
+            return {"M": 128, "N": 128 if head_dim > 64 else 64, "num_warps": 8, "num_stages": 3 if head_dim <= 64 else 2, "CUBIC": 0}
+        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2, "CUBIC": 0}
     if head_dim <= 64:
-        return {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2}
-    return {"M": 128 if head_dim <= 128 else 64, "N": 32, "num_warps": 8 if head_dim <= 128 else 4, "num_stages": 2}
+        return {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2, "CUBIC": 0}
+    return {"M": 128 if head_dim <= 128 else 64, "N": 32, "num_warps": 8 if head_dim <= 128 else 4, "num_stages": 2, "CUBIC": 0}
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _tile(
     q0, q1, q2, k, v, mask,
     start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, CUBIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. PARTIAL: not every pair of the tile counts."""
     keys = start + tl.arange(0, N)
@@ -89,7 +90,10 @@ def _tile(
     m_scaled = m_new * scale
     if PARTIAL or mask is not None:  # a row may have met no key yet
         m_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)
-    p = tl.exp2(s * scale - m_scaled[:, None])
+    if PARTIAL or mask is not None:  # the cubic makes no zeros
+        p = tl.exp2(s * scale - m_scaled[:, None])
+    else:
+        p = split_exp2(s * scale - m_scaled[:, None], CUBIC)
     shrink = tl.exp2(m * scale - m_scaled)
     l = l * shrink + tl.sum(p, 1)
     v0, v1, v2 = load_head(v + v_sn.to(tl.int64) * start, v_rows, keep, D, D0, D1, D2)
@@ -102,7 +106,11 @@ def _tile(
     return acc0, acc1, acc2, m_new, l
 
 
-@triton.jit
+# Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
+@triton.jit(do_not_specialize=[
+    "q_len", "kv_len", "heads", "kv_group",
+    *(f"{x}_s{axis}" for x in "qkvo" for axis in "bnh"), *(f"mask_s{axis}" for axis in "bhqk"),
+])  # fmt: skip
 def _forward(
     q, k, v, out,
     lse, mask, kv_lens, flag,  # or None
@@ -114,7 +122,7 @@ def _forward(
     o_sb, o_sn, o_sh,
     mask_sb, mask_sh, mask_sq, mask_sk,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CUBIC: tl.constexpr,
     CAUSAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, M)
@@ -158,13 +166,13 @@ def _forward(
         acc0, acc1, acc2, m, l = _tile(
             acc0, acc1, acc2, m, l, q0, q1, q2, k, v, mask,
             start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
-            D, D0, D1, D2, N, False, CAUSAL, PRECISION,
+            D, D0, D1, D2, N, False, CAUSAL, CUBIC, PRECISION,
         )  # fmt: skip
     for start in tl.range(whole, limit, N, num_stages=1):
         acc0, acc1, acc2, m, l = _tile(
             acc0, acc1, acc2, m, l, q0, q1, q2, k, v, mask,
             start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
-            D, D0, D1, D2, N, True, CAUSAL, PRECISION,
+            D, D0, D1, D2, N, True, CAUSAL, CUBIC, PRECISION,
         )  # fmt: skip
 
     inverse = (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]

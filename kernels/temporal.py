@@ -74,7 +74,11 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
     return product
 
 
-@triton.jit
+# Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
+@triton.jit(do_not_specialize=[
+    "R", "P", "q_len", "kv_len",
+    *(f"{x}_s{axis}" for x in "qkvo" for axis in "bpnh"),
+])  # fmt: skip
 def _forward(
     q, k, v, out,
     lse, kv_lens, flag,  # or None
