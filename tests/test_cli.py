@@ -1,5 +1,6 @@
 """The command line: a video from each kind of pipeline, an environment that is judged rightly, one clear line on errors."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 import videoattn
-from videoattn import cli, doctor, generation
+from videoattn import cli, doctor, generation, measured
+from videoattn.kernels import sdpa
 from videoattn.video import write_contact_sheet, write_video
 
 
@@ -158,6 +160,67 @@ def test_doctor_finds_a_kernel_that_computes_nonsense(monkeypatch):
 
     monkeypatch.setattr(doctor, "backends", lambda: (Wrong(),))
     assert {check.name: check.state for check in doctor.examine()}["wrong"] == "broken"
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """A machine with one GPU of compute capability 8.6, an empty cache folder, and the shipped table of sm_90."""
+    card = measured.Card(gpu="NVIDIA RTX 1", architecture="sm_86")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(measured, "card", lambda device: card)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured.evidence.cache_clear()
+    yield card
+    measured.evidence.cache_clear()
+
+
+def found_of_times() -> list[doctor.Check]:
+    return [check for check in doctor.examine() if check.name == "measured times, GPU 0"]
+
+
+def test_doctor_tells_a_borrowed_table_from_the_cards_own(gpu):
+    (borrowed,) = found_of_times()
+    assert borrowed.state == "note" and "NVIDIA H200" in borrowed.found and "sm_90" in borrowed.why
+    assert "videoattn calibrate" in borrowed.why
+    shipped = measured.evidence(gpu).sources[0].table
+    path = measured.user_path(gpu.gpu)
+    versions = {"torch": torch.__version__, "triton": measured._triton(), "date": "2020-01-01T00:00:00Z"}
+    replace(shipped, gpu=gpu.gpu, **versions).write(path)
+    measured.evidence.cache_clear()
+    (own,) = found_of_times()
+    assert (own.state, own.why) == ("ok", str(path))
+    assert gpu.gpu in own.found and f"torch {torch.__version__}" in own.found
+    assert int(re.search(r"(\d+) days old", own.found)[1]) > 365 * 6
+
+
+def test_doctor_says_that_a_table_is_passed_over(gpu):
+    replace(measured.evidence(gpu).sources[0].table, torch="1.0").write(measured.user_path(gpu.gpu))
+    measured.evidence.cache_clear()
+    passed_over, borrowed = found_of_times()
+    assert (passed_over.found, passed_over.state) == ("passed over", "note") and "torch 1.0" in passed_over.why
+    assert "NVIDIA H200" in borrowed.found
+
+
+def test_doctor_says_that_there_is_no_table(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "TABLES", tmp_path)
+    measured.evidence.cache_clear()
+    (none,) = found_of_times()
+    assert (none.found, none.state) == ("none", "note")
+
+
+def test_doctor_tries_a_kernel_on_a_call_that_it_takes(monkeypatch):
+    class ShortRows:
+        name = "short"
+
+        def refuses(self, call, decision):
+            return "more than 128 tokens" if call.q_len > 128 else None
+
+        def plan(self, call, decision, flag=None):
+            return sdpa.BACKENDS[0].plan(call, decision)
+
+    monkeypatch.setattr(doctor, "backends", lambda: (ShortRows(),))
+    (check,) = (check for check in doctor.examine() if check.name == "short")
+    assert check.state == "ok" and "16 tokens" in check.found
 
 
 def test_doctor_finds_a_folder_that_hides_hugging_face_kernels(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import importlib.util
 import platform
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from videoattn import guard
+from videoattn import guard, measured
 from videoattn.backend import backends
 from videoattn.call import Call
 from videoattn.policy import EXACT
@@ -36,7 +37,15 @@ class Check:
 
 def examine() -> list[Check]:
     """Every check, in the order in which they are shown."""
-    return [*_python(), *_packages(), _hugging_face_kernels(), _video_encoder(), *_device(), *_attention()]
+    return [
+        *_python(),
+        *_packages(),
+        _hugging_face_kernels(),
+        _video_encoder(),
+        *_device(),
+        *_measured_times(),
+        *_attention(),
+    ]
 
 
 def show(checks: list[Check]) -> None:
@@ -135,32 +144,64 @@ def nvidia_driver() -> str | None:
     return next(iter(printed.splitlines()), None)  # a line for each card, all alike
 
 
+def _measured_times() -> Iterator[Check]:
+    """Which table of measured times picks the kernels, for each GPU."""
+    for index in range(torch.cuda.device_count()):
+        card, name = measured.card(torch.device("cuda", index)), f"measured times, GPU {index}"
+        if card is None:
+            continue
+        evidence = measured.evidence(card)
+        if evidence.note:
+            yield Check(name=name, found="passed over", state="note", why=evidence.note)
+        if not evidence.sources:
+            yield Check(name=name, found="none", state="note", why="torch's own choice runs; try videoattn calibrate")
+            continue
+        source = evidence.sources[0]
+        table, days = source.table, _days_since(source.table.date)
+        found = f"{len(table.rows)} calls, {table.gpu}, torch {table.torch}, triton {table.triton}, {days} days old"
+        if source.borrowed:
+            why = f"of {source.borrowed}: kernels are taken where they gained {measured.BORROWED_GAIN}x there; "
+            yield Check(name=name, found=found, state="note", why=f"{why}videoattn calibrate measures this card")
+        else:
+            yield Check(name=name, found=found, why=str(source.path))
+
+
+def _days_since(date: str) -> int:
+    then = datetime.datetime.strptime(date, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.timezone.utc)
+    return (datetime.datetime.now(datetime.timezone.utc) - then).days
+
+
 def _attention() -> Iterator[Check]:
-    """Every attention backend on a small call, against the fp64 oracle."""
+    """Every attention backend against the fp64 oracle, on the first of two small calls that it takes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = make_qkv(2, 256, 256, 4, 64, dtype=dtype, device=device)
-    call = Call(
-        kind="full",
-        layout="BNHD",
-        batch=2,
-        q_len=256,
-        kv_len=256,
-        heads=4,
-        kv_heads=4,
-        head_dim=64,
-        dtype=dtype,
-        device=device,
-    )
+    calls = [
+        Call(
+            kind=kind,
+            layout="BNHD",
+            batch=2,
+            q_len=tokens,
+            kv_len=tokens,
+            heads=4,
+            kv_heads=4,
+            head_dim=64,
+            dtype=dtype,
+            device=device,
+        )
+        for kind, tokens in (("full", 256), ("temporal", 16))
+    ]
     for backend in backends():
-        reason = backend.refuses(call, EXACT)
-        if reason is not None:
-            yield Check(name=backend.name, found="refuses", state="note", why=reason)
+        refusals = [backend.refuses(call, EXACT) for call in calls]
+        if None not in refusals:
+            yield Check(name=backend.name, found="refuses", state="note", why=refusals[0])
             continue
+        call = calls[refusals.index(None)]
+        q, k, v = make_qkv(call.batch, call.q_len, call.kv_len, call.heads, call.head_dim, dtype=dtype, device=device)
         try:
             out = backend.plan(call, EXACT, guard.flag())(q, k, v, None, None, None)
             assert_close_to_oracle(out, q, k, v)
         except (RuntimeError, AssertionError) as error:
             yield Check(name=backend.name, found="fails", state="broken", why=str(error))
         else:
-            yield Check(name=backend.name, found=f"works, {str(dtype).removeprefix('torch.')} on {device}")
+            dtype_name = str(dtype).removeprefix("torch.")
+            yield Check(name=backend.name, found=f"works: {call.q_len} tokens, {dtype_name} on {device}")
