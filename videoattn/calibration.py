@@ -22,6 +22,8 @@ from videoattn.call import Call
 from videoattn.measured import Evidence, Row, Source, Table
 
 LEFT_OUT = "sdpa_math"  # its scores stand in memory: no gain in time is worth that, so it has none in a table
+ENOUGH = 1.0  # seconds that time a call well; what is left over is for giants, which take longer than their share
+OVERHEAD = 1.6  # of a row over its timing: inputs, checks, compilation, warm-up
 
 
 class Line(NamedTuple):
@@ -104,7 +106,8 @@ def _measure(
         problem = attention.Problem(shape, device)
         call = problem.call()
         among = [backend for backend in attention.accepting(call) if backend.name != LEFT_OUT]
-        compared = attention.attempt(problem, left / (len(chosen) - index), among)
+        share = min(ENOUGH, left / (len(chosen) - index) / OVERHEAD)
+        compared = attention.attempt(problem, share, among)
         if isinstance(compared, torch.OutOfMemoryError):
             notes.append(f"{case} {shape.name} left out: more memory than there is")
         elif isinstance(compared, Exception):
