@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FLAGS = 256  # in a block
+_FLAGS = 64  # in a block
 _WORDS = 4  # of a flag: on a multiple of 16 bytes, since Triton compiles a kernel anew for another alignment
 
 _blocks: list[np.ndarray] = []  # never freed, since a kernel that still runs may write to them

@@ -180,7 +180,7 @@ class Session:
         """See whether outputs of our kernels were finite: if not, other kernels take over, and the generation is marked.
 
         generation: which one has run so far.
-        wait: also for what the device has yet to do; without, this costs the host 3 microseconds at most.
+        wait: also for what the device has yet to do; without, it costs the host a few microseconds.
         """
         if wait:
             guard.wait({plan.call.device for plan in self.plans if plan.flag is not None})
