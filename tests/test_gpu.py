@@ -89,6 +89,6 @@ def test_auto_takes_what_was_measured_best(shape):
     runner = Runner("temporal", EXACT)
     assert_close_to_oracle(runner(q, k, v), q, k, v)
     (plan,) = runner.plans.values()
-    best = {40: "sdpa_efficient", 64: "sdpa_efficient", 80: "sdpa_flash", 160: "sdpa_efficient"}[head_dim]
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert plan.choice.backend.name == (best if hopper and frames <= 64 else "sdpa")
+    assert "measured" in plan.choice.why
+    if torch.cuda.get_device_capability() == (9, 0) and frames <= 64:  # cuDNN wastes most of a tile on short rows
+        assert plan.choice.backend.name != "sdpa" and "x of torch's choice" in plan.choice.why
