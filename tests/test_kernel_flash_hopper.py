@@ -1,0 +1,201 @@
+"""The Hopper kernel: what it refuses, what the assembler makes of it without a GPU, and on one, the oracle."""
+
+import re
+import subprocess
+from dataclasses import asdict
+
+import pytest
+import torch
+from test_kernel_sdpa import call
+
+from videoattn.kernels import reference
+from videoattn.testing import assert_close_to_oracle, make_qkv
+
+triton = pytest.importorskip("triton")
+flash_hopper = pytest.importorskip("videoattn.kernels.flash_hopper")
+Config = flash_hopper.Config
+
+SHARED_MEMORY = 227 * 1024  # of one block on sm_90
+BUILT = {
+    "64": (64, flash_hopper.config(64)),
+    "64 two groups": (64, Config(GROUPS=2, STAGES=4)),
+    "128": (128, flash_hopper.config(128)),
+}
+
+
+def half(*shape, offset=0):
+    """fp16 [*shape] from `offset` elements behind an aligned address on."""
+    return torch.zeros(offset + torch.Size(shape).numel(), dtype=torch.float16)[offset:].view(shape)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (half(1, 64, 2, 68)[..., :64], "multiples of 16 bytes"),
+        (half(1, 64, 2, 64, offset=1), "multiples of 16 bytes"),
+        (half(1, 64, 64, 2).transpose(2, 3), "side by side"),
+        (half(1, 64, 1, 64).expand(1, 64, 2, 64), "above 0"),
+    ],
+    ids=["row", "base", "transposed", "expanded"],
+)
+@pytest.mark.parametrize("place", range(3))
+def test_strides_that_tma_cannot_take(x, why, place):
+    qkv = [half(1, 64, 2, 64) for _ in range(3)]
+    qkv[place] = x
+    with pytest.raises(ValueError, match=f"{'qkv'[place]}: .*{why}"):
+        flash_hopper.attend(*qkv)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [half(1, 64, 2, 64), half(1, 2, 64, 64).transpose(1, 2), half(2, 64, 6, 40)[:, :, 2:4], half(1, 1, 1, 72)],
+    ids=["BNHD", "BHND", "fused", "one"],
+)
+def test_strides_that_tma_takes(x):
+    assert flash_hopper.strides_refused(x) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({}, None),
+        ({"head_dim": 80, "dtype": torch.bfloat16, "has_kv_len": True, "kv_heads": 1}, None),
+        ({"device": torch.device("cpu")}, "no GPU"),
+        ({"dtype": torch.float32}, "fp16 and bf16"),
+        ({"head_dim": 136}, "head_dim"),
+        ({"head_dim": 60}, "head_dim"),
+        ({"mask": "bool"}, "no mask"),
+        ({"causal": True}, "causal"),
+        ({"kv_len": 0}, "empty"),
+    ],
+    ids=str,
+)
+def test_calls(monkeypatch, facts, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    refusal = flash_hopper.refuses(call(**{"device": torch.device("cuda")} | facts))
+    assert refusal is None if why is None else why in refusal
+
+
+def test_other_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "compute capability 9.0" in flash_hopper.refuses(call(device=torch.device("cuda")))
+
+
+@pytest.mark.parametrize("wrong", [{"N": 96}, {"STAGES": 1}, {"GROUPS": 4}], ids=str)
+def test_configs_that_do_not_exist(wrong):
+    with pytest.raises(ValueError, match="Config: wanted"):
+        Config(**wrong)
+
+
+# ---------------------------------------------------------------- what the assembler makes of it
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def assembled(request, tmp_path_factory):
+    """(shared memory in bytes, what the assembler says, machine code) of a kernel built for sm_90."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    padded_dim, built = BUILT[request.param]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    tiles = {"q_desc": 64, "k_desc": built.N, "v_desc": built.N, "o_desc": 64}
+    signature = {name: f"tensordesc<bf16[1, 1, {rows}, {padded_dim}],{layout!r}>" for name, rows in tiles.items()}
+    signature |= {"lse": "*fp32", "kv_lens": "*i32", "flag": "*i32", "qk_scale": "fp32"}
+    registers = built.registers
+    options = {"num_warps": 4, "maxnreg": registers.pop("maxnreg")}
+    constants = {"HAS_LENS": True, "HAS_FLAG": True, **asdict(built), **registers}
+    constants["LOADER_REGISTERS"] = flash_hopper.LOADER_REGISTERS
+    signature |= {name: "i32" for name in flash_hopper.forward.arg_names if name not in signature | constants}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = GluonASTSource(flash_hopper.forward, signature, constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    ptx, cubin = (tmp_path_factory.mktemp("kernel") / name for name in ("kernel.ptx", "kernel.cubin"))
+    ptx.write_text(kernel.asm["ptx"])
+    tools = triton.knobs.nvidia
+    said = subprocess.run(
+        [tools.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin], check=True, capture_output=True, text=True
+    ).stderr
+    code = subprocess.run(
+        [tools.cuobjdump.path, "--dump-sass", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    return kernel.metadata.shared, said, code
+
+
+def test_it_fits_and_nothing_spills(assembled):
+    shared, said, code = assembled
+    assert shared <= SHARED_MEMORY
+    assert " 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "USETMAXREG" in code
+
+
+def test_the_tensor_cores_run_while_exponentials_are_computed(assembled):
+    """No product is serialised, and between the waits for S and for acc in the loop lie the tile's exponentials."""
+    _, said, code = assembled
+    assert "wgmma" not in said, said
+    steps = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01])\b", code)
+    text = "".join({"H": "H", "M": "E"}.get(step[0], step[-1]) for step in steps)
+    overlapped = re.findall(r"1(E+)0", text)
+    assert len(overlapped) >= 2 and all(len(run) >= 64 for run in overlapped), text
+
+
+# ---------------------------------------------------------------- on the GPU
+
+gpu = pytest.mark.gpu
+
+
+def check(q, k, v, **options):
+    out, lse = flash_hopper.attend(q, k, v, return_lse=True, **options)
+    assert_close_to_oracle(out, q, k, v, **options)
+    assert out.is_contiguous()
+    exact = reference.attend(q, k, v, **options)[1]
+    torch.testing.assert_close(lse.double(), exact, rtol=2e-4, atol=2e-4)  # equal infinities count as close
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (63, 63), (129, 129), (193, 257), (1000, 1000), (300, 77), (77, 3000)], ids=str
+)
+def test_it_equals_the_oracle(lengths, head_dim, dtype, poisoned):
+    check(*make_qkv(2, *lengths, 3, head_dim, dtype=dtype, device="cuda"))
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("kv_len", [(0, 1, 256, 520), (0, 0, 0, 0), (520, 519, 128, 127)], ids=str)
+def test_prefix_lengths(kv_len, head_dim, poisoned):
+    q, k, v = make_qkv(4, 300, 520, 3, head_dim, dtype=torch.bfloat16, device="cuda")
+    check(q, k, v, kv_len=torch.tensor(kv_len, dtype=torch.int32, device="cuda"))
+
+
+@gpu
+@pytest.mark.parametrize("layout", ["BNHD", "BHND", "fused"])
+@pytest.mark.parametrize("lengths", [(321, 321), (321, 200)], ids=str)
+def test_layouts_and_shared_heads(lengths, layout, poisoned):
+    check(*make_qkv(2, *lengths, 6, 64, kv_heads=2, dtype=torch.bfloat16, layout=layout, device="cuda"), scale=0.5)
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_work_than_processors_gives_the_same_bits_every_time(head_dim, poisoned):
+    q, k, v = make_qkv(3, 700, 700, 60, head_dim, dtype=torch.bfloat16, device="cuda")
+    check(q, k, v)
+    first, _ = flash_hopper.attend(q, k, v)
+    assert all(torch.equal(flash_hopper.attend(q, k, v)[0], first) for _ in range(20))
+
+
+@gpu
+def test_the_flag_tells_of_what_is_not_finite():
+    q, k, v = make_qkv(1, 300, 300, 2, 64, dtype=torch.bfloat16, device="cuda")
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+    flash_hopper.attend(q, k, v, flag=flag)
+    assert flag.item() == 0
+    v[0, 7, 1, 5] = float("inf")
+    flash_hopper.attend(q, k, v, flag=flag)
+    assert flag.item() == 1
