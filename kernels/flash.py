@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.call import Call
-from videoattn.kernels.exp2 import split_exp2
 from videoattn.kernels.tiles import alignment, count_not_finite, load_head, parts, store_head
 from videoattn.kernels.triton_backend import TritonBackend, on_device_of, precision, scale_log2, unit_stride
 
@@ -35,52 +34,57 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @functools.cache
 def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages for a head_dim, an element size in bytes and a card (90: Hopper)."""
+    """Tile sizes, warps and pipeline stages for a head_dim, an element size in bytes and a card (90: Hopper).
+
+    Hopper's are measured on an H200 (benchmarks/dense.py), with Triton 3.6; the others are the largest that compile
+    without spills into the card's shared memory.
+    """
+    padded = sum(parts(head_dim))
     if itemsize == 4:  # products in fp32 run on the CUDA cores
-        return {"M": 32, "N": 32 if head_dim <= 128 else 16, "num_warps": 4, "num_stages": 1, "CUBIC": 0}
-    if capability >= 90 and capability < 120:
-        if head_dim <= 128:
-            return {"M": 128, "N": 128 if head_dim > 64 else 64, "num_warps": 8, "num_stages": 3 if head_dim <= 64 else 2, "CUBIC": 0}
-        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2, "CUBIC": 0}
-    if head_dim <= 64:
-        return {"M": 128, "N": 64, "num_warps": 4, "num_stages": 2, "CUBIC": 0}
-    return {"M": 128 if head_dim <= 128 else 64, "N": 32, "num_warps": 8 if head_dim <= 128 else 4, "num_stages": 2, "CUBIC": 0}
-
-
-@triton.jit
-def _scores(q0, q1, q2, k0, k1, k2, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr):
-    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-    if D1:
-        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-    if D2:
-        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
-    return s
+        m, n, warps, stages = (32, 32, 4, 1) if padded <= 64 else (16, 16, 4, 1)
+    elif capability // 10 in (9, 10):
+        if padded <= 64 or head_dim == 80:
+            m, n, warps, stages = 128, 64, 4, 3
+        elif padded <= 96:
+            m, n, warps, stages = 64, 64, 4, 3
+        elif padded <= 128:
+            m, n, warps, stages = 128, 128 if head_dim == 128 else 64, 8, 3
+        else:
+            m, n, warps, stages = 128, 64 if padded <= 192 else 32, 8, 3
+    elif padded <= 64:
+        m, n, warps, stages = 128, 64, 4, 2
+    elif padded <= 160:
+        m, n, warps, stages = 128, 32, 8, 2
+    else:
+        m, n, warps, stages = 64, 16, 8, 1
+    return {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit
 def _tile(
-    acc0, acc1, acc2, m, l,
-    q0, q1, q2, k, v, mask,
+    acc0, acc1, m, l,
+    q0, q1, k, v, mask,
     start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr, CUBIC: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    N: tl.constexpr, PARTIAL: tl.constexpr, ADDITIVE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. PARTIAL: not every pair of the tile counts."""
     keys = start + tl.arange(0, N)
     keep = (keys < limit)[:, None] if PARTIAL else tl.full([N, 1], True, tl.int1)
-    k0, k1, k2 = load_head(k + k_sn.to(tl.int64) * start, k_rows, keep, D, D0, D1, D2)
-    s = _scores(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
-    scale = qk_scale
+    k0, k1 = load_head(k + k_sn.to(tl.int64) * start, k_rows, keep, D, D0, D1)
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
     if mask is not None:
         places = mask_rows + keys.to(tl.int64)[None, :] * mask_sk
         pairs = (queries < q_len)[:, None]
         if PARTIAL:
             pairs = pairs & (keys < limit)[None, :]
-        if mask.dtype.element_ty == tl.int8:  # bool
-            s = tl.where(tl.load(mask + places, pairs, 0) != 0, s, float("-inf"))
-        else:
+        if ADDITIVE:  # scores are scaled before the maximum is taken, otherwise after
             s = s * qk_scale + tl.load(mask + places, pairs, 0.0).to(tl.float32) * LOG2_E
-            scale = 1.0
+        else:
+            s = tl.where(tl.load(mask + places, pairs, 0) != 0, s, float("-inf"))
+    scale = 1.0 if ADDITIVE else qk_scale
     if PARTIAL:
         s = tl.where((keys < limit)[None, :], s, float("-inf"))
         if CAUSAL:
@@ -90,20 +94,15 @@ def _tile(
     m_scaled = m_new * scale
     if PARTIAL or mask is not None:  # a row may have met no key yet
         m_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)
-    if PARTIAL or mask is not None:  # the cubic makes no zeros
-        p = tl.exp2(s * scale - m_scaled[:, None])
-    else:
-        p = split_exp2(s * scale - m_scaled[:, None], CUBIC)
+    p = tl.exp2(s * scale - m_scaled[:, None])
     shrink = tl.exp2(m * scale - m_scaled)
     l = l * shrink + tl.sum(p, 1)
-    v0, v1, v2 = load_head(v + v_sn.to(tl.int64) * start, v_rows, keep, D, D0, D1, D2)
+    v0, v1 = load_head(v + v_sn.to(tl.int64) * start, v_rows, keep, D, D0, D1)
     p = p.to(v0.dtype)
     acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
     if D1:
         acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
-    if D2:
-        acc2 = tl.dot(p, v2, acc2 * shrink[:, None], input_precision=PRECISION)
-    return acc0, acc1, acc2, m_new, l
+    return acc0, acc1, m_new, l
 
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
@@ -121,9 +120,9 @@ def _forward(
     v_sb, v_sn, v_sh,
     o_sb, o_sn, o_sh,
     mask_sb, mask_sh, mask_sq, mask_sk,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, CUBIC: tl.constexpr,
-    CAUSAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    ADDITIVE: tl.constexpr, CAUSAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, M)
     pid = tl.program_id(0)
@@ -156,46 +155,37 @@ def _forward(
     else:
         whole = limit // N * N
 
-    q0, q1, q2 = load_head(q, q_rows, here, D, D0, D1, D2)
+    q0, q1 = load_head(q, q_rows, here, D, D0, D1)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc0 = tl.zeros([M, D0], tl.float32)
     acc1 = tl.zeros([M, D1], tl.float32) if D1 else acc0
-    acc2 = tl.zeros([M, D2], tl.float32) if D2 else acc0
     for start in tl.range(0, whole, N):
-        acc0, acc1, acc2, m, l = _tile(
-            acc0, acc1, acc2, m, l, q0, q1, q2, k, v, mask,
+        acc0, acc1, m, l = _tile(
+            acc0, acc1, m, l, q0, q1, k, v, mask,
             start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
-            D, D0, D1, D2, N, False, CAUSAL, CUBIC, PRECISION,
+            D, D0, D1, N, False, ADDITIVE, CAUSAL, PRECISION,
         )  # fmt: skip
     for start in tl.range(whole, limit, N, num_stages=1):
-        acc0, acc1, acc2, m, l = _tile(
-            acc0, acc1, acc2, m, l, q0, q1, q2, k, v, mask,
+        acc0, acc1, m, l = _tile(
+            acc0, acc1, m, l, q0, q1, k, v, mask,
             start, limit, queries, q_len, k_rows, v_rows, k_sn, v_sn, mask_rows, mask_sk, qk_scale,
-            D, D0, D1, D2, N, True, CAUSAL, CUBIC, PRECISION,
+            D, D0, D1, N, True, ADDITIVE, CAUSAL, PRECISION,
         )  # fmt: skip
 
     inverse = (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]
     x0 = (acc0 * inverse).to(out.dtype.element_ty)
     x1 = x0
-    x2 = x0
     bad = count_not_finite(x0)
     if D1:
         x1 = (acc1 * inverse).to(out.dtype.element_ty)
         bad += count_not_finite(x1)
-    if D2:
-        x2 = (acc2 * inverse).to(out.dtype.element_ty)
-        bad += count_not_finite(x2)
-    store_head(out, o_rows, here, x0, x1, x2, D, D0, D1, D2)
+    store_head(out, o_rows, here, x0, x1, D, D0, D1)
     if flag is not None:
-        if bad > 0:
-            tl.atomic_or(flag, 1)
+        tl.store(flag, 1, mask=bad > 0)  # a plain store: the flag may lie in host memory
     if lse is not None:  # [B, H, Nq]
-        scale = qk_scale
-        if mask is not None:
-            if mask.dtype.element_ty != tl.int8:
-                scale = 1.0
-        value = tl.where(l == 0.0, float("-inf"), (m * scale + tl.log2(l)) * LN2)
+        m_scaled = m if ADDITIVE else m * qk_scale
+        value = tl.where(l == 0.0, float("-inf"), (m_scaled + tl.log2(l)) * LN2)
         tl.store(lse + head_of_batch.to(tl.int64) * q_len + queries, value, queries < q_len)
 
 
@@ -215,7 +205,7 @@ def launch(
     """Write attention of q, k, v [B, N, H, D] into `out` and `lse`; `tuned` replaces entries of `config`."""
     (b, nq, h, d), (_, nk, h_kv, _) = q.shape, k.shape
     settings = config(d, q.element_size(), _capability(q.device)) | tuned
-    d0, d1, d2 = parts(d)
+    d0, d1 = parts(d)
     strides = (0, 0, 0, 0)
     if mask is not None:
         mask = mask.expand(b, h, nq, nk)
@@ -227,8 +217,8 @@ def launch(
             scale_log2(scale, d),
             nq, nk, h, h // h_kv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *strides,
-            D=d, D0=d0, D1=d1, D2=d2,
-            CAUSAL=causal, ALIGN=alignment(q, k, v, out), PRECISION=precision(q.dtype),
+            D=d, D0=d0, D1=d1,
+            ADDITIVE=mask is not None and mask.dtype != torch.int8, CAUSAL=causal, ALIGN=alignment(q, k, v, out), PRECISION=precision(q.dtype),
             **settings,
         )  # fmt: skip
 

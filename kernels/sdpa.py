@@ -27,6 +27,7 @@ from videoattn.policy import EXACT, Decision
 Core = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, scale) -> out, all [B, H, N, D]."""
 
+CUDNN_WIDE_HEADS = 91000  # from this version on, its forward takes head_dim up to 256 on Hopper
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -73,7 +74,9 @@ class Sdpa:
             if call.mask != "none":
                 return "takes no mask"
             return f"head_dim {call.head_dim} is over 256" if call.head_dim > 256 else None
-        return f"head_dim {call.head_dim} is over 128" if call.head_dim > 128 else None
+        hopper = torch.cuda.get_device_capability(call.device) == (9, 0)
+        limit = 256 if hopper and torch.backends.cudnn.version() >= CUDNN_WIDE_HEADS else 128
+        return f"head_dim {call.head_dim} is over {limit}" if call.head_dim > limit else None
 
     def plan(self, call: Call, decision: Decision, flag: Tensor | None = None) -> Run:
         core = self._core(call)

@@ -1,13 +1,14 @@
 """Who computes a decision. A backend says why it will not, or makes a plan; of those that will, `select` takes the one
 that was measured the fastest.
 
-A new kernel is one file under kernels/ with a list `BACKENDS`, and one line in `MODULES` here.
+A new kernel is one file under kernels/ with a list `BACKENDS`, and one line in `MODULES` or `TRITON_MODULES` here.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,8 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | No
 """(q, k, v, mask, kv_len, scale) -> out; q, k, v, out in the call's layout, out contiguous as [B, N, H, D]."""
 
 MODULES = ("videoattn.kernels.sdpa",)
+TRITON_MODULES = ("videoattn.kernels.temporal", "videoattn.kernels.flash")
+"""Imported where Triton is installed, which has no build for macOS."""
 
 
 class Backend(Protocol):
@@ -56,7 +59,8 @@ class Choice:
 
 @functools.cache
 def backends() -> tuple[Backend, ...]:
-    return tuple(backend for module in MODULES for backend in importlib.import_module(module).BACKENDS)
+    modules = MODULES + (TRITON_MODULES if importlib.util.find_spec("triton") else ())
+    return tuple(backend for module in modules for backend in importlib.import_module(module).BACKENDS)
 
 
 def validate_backend(name: str) -> None:
