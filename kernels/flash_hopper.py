@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videoattn.call import Call
-from videoattn.kernels.triton_backend import on_device_of, scale_log2
+from videoattn.kernels.triton_backend import TritonBackend, on_device_of, scale_log2
 
 M = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -397,3 +397,6 @@ def refuses(call: Call) -> str | None:
     if not (call.batch and call.q_len and call.kv_len):
         return "takes no empty tensors"
     return None
+
+
+BACKENDS = (TritonBackend("triton_hopper", attend, refuses),)

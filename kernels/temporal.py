@@ -199,9 +199,7 @@ def attend(
     v: Tensor,
     *,
     scale: float | None = None,
-    mask: None = None,
     kv_len: Tensor | None = None,
-    causal: bool = False,
     return_lse: bool = False,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -211,7 +209,6 @@ def attend(
         q: [B, Nq, H, D], or [B, P, Nq, H, D] for rows addressed by two strides; any strides but 1 along D.
         k, v: the same with Nk and Hkv; Hkv divides H.
         scale: factor on q k^T, not negative; 1 / sqrt(D) by default.
-        mask, causal: not taken.
         kv_len: int32 [B] on q's device: rows of b attend to their first kv_len[b] keys.
         return_lse: whether to return the log-sum-exp too.
         flag: int32, set to 1 where the output is not finite.
@@ -220,7 +217,6 @@ def attend(
         out in q's shape, [B, Nq, H, D] contiguous or [B, P, Nq, H, D] in q's order in memory; and lse [B, (P,) H, Nq] fp32
         (natural logarithm) or None. A row without a key gives 0 and -inf.
     """
-    assert mask is None and not causal
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     b, nq, h = q.shape[0], *q.shape[-3:-1]
     shape = (b, h, nq) if q.ndim == 4 else (b, q.shape[1], h, nq)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,19 +20,12 @@ LOG2_E = math.log2(math.e)
 
 class Attend(Protocol):
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None,
-        mask: Tensor | None,
-        kv_len: Tensor | None,
-        causal: bool,
-        return_lse: bool,
-        flag: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, kv_len: Tensor | None, flag: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The primitive under all attention: q, k, v [B, N, H, D] with any strides -> out, and lse or None."""
+        """The primitive under all attention: q, k, v [B, N, H, D] with any strides -> out, and lse or None.
+
+        A kernel that does not refuse them also takes `mask` and `causal`.
+        """
 
 
 class TritonBackend:
@@ -44,7 +39,7 @@ class TritonBackend:
 
     own = True
 
-    def __init__(self, name: str, attend: Attend, refuses) -> None:
+    def __init__(self, name: str, attend: Attend, refuses: Callable[[Call], str | None]) -> None:
         self.name = name
         self.attend = attend
         self._refuses = refuses
@@ -68,24 +63,24 @@ class TritonBackend:
         return self._refuses(call)
 
     def plan(self, call: Call, decision: Decision, flag: Tensor | None = None) -> Run:
-        attend, causal = self.attend, call.causal
-        if call.layout == "BHND":
+        attend = functools.partial(self.attend, flag=flag, **({"causal": True} if call.causal else {}))
+        if call.mask == "none":
 
             def run(q, k, v, mask, kv_len, scale):
-                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-                out, _ = attend(
-                    q, k, v, scale=scale, mask=mask, kv_len=kv_len, causal=causal, return_lse=False, flag=flag
-                )
-                return out.transpose(1, 2)
+                return attend(q, k, v, scale=scale, kv_len=kv_len)[0]
 
         else:
 
             def run(q, k, v, mask, kv_len, scale):
-                return attend(
-                    q, k, v, scale=scale, mask=mask, kv_len=kv_len, causal=causal, return_lse=False, flag=flag
-                )[0]
+                return attend(q, k, v, scale=scale, mask=mask, kv_len=kv_len)[0]
 
-        return run
+        if call.layout == "BNHD":
+            return run
+
+        def transposed(q, k, v, mask, kv_len, scale):
+            return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, kv_len, scale).transpose(1, 2)
+
+        return transposed
 
 
 def scale_log2(scale: float | None, head_dim: int) -> float:

@@ -23,7 +23,7 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | No
 """(q, k, v, mask, kv_len, scale) -> out; q, k, v, out in the call's layout, out contiguous as [B, N, H, D]."""
 
 MODULES = ("videoattn.kernels.sdpa",)
-TRITON_MODULES = ("videoattn.kernels.temporal", "videoattn.kernels.flash")
+TRITON_MODULES = ("videoattn.kernels.temporal", "videoattn.kernels.flash", "videoattn.kernels.flash_hopper")
 """Imported where Triton is installed, which has no build for macOS."""
 
 
