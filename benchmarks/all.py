@@ -1,16 +1,16 @@
 """Every benchmark of this folder in one go.
 
-python -m videoattn.benchmarks.all --results FOLDER --commit HASH        # about ten minutes on an H200
+python -m videoattn.benchmarks.all --results FOLDER --commit HASH        # a quarter of an hour on an H200
 """
 
 from __future__ import annotations
 
 import argparse
 
-from videoattn.benchmarks import attention, dispatch, forward, host_time, results
+from videoattn.benchmarks import attention, dense, dispatch, forward, host_time, results, temporal
 
 # in the order of worth: a run that is cut short has shown most
-SCRIPTS = (host_time, forward, dispatch, attention)
+SCRIPTS = (host_time, forward, temporal, dense, dispatch, attention)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 OK, FAULT, WRONG_USE = 0, 1, 2
 BENCHMARKS = {
-    "all": "attention, dispatch, forward and host_time",
+    "all": "attention, dense, dispatch, forward, host_time and temporal",
     "attention": "every kernel on every attention call of the video models",
+    "dense": "our kernels on long sequences, head_dim by head_dim, against the best of torch's",
     "dispatch": "what exact attention chooses there, against torch's choice",
     "forward": "whole denoisers at real sizes",
     "host_time": "host time that a call costs more",
     "suite": "seconds of make test and make demo",
+    "temporal": "temporal attention against the best of torch's kernels and against a copy",
 }
 
 
