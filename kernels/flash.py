@@ -25,15 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.call import Call
-from videoattn.kernels.tiles import alignment, count_not_finite, load_head, parts, store_head
-from videoattn.kernels.triton_backend import TritonBackend, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
+from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @functools.cache
-def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
+def config(head_dim: int, itemsize: int, capability: int, masked: bool) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages for a head_dim, an element size in bytes and a card (90: Hopper).
 
     Hopper's are measured on an H200 (benchmarks/dense.py), with Triton 3.6; the others are the largest that compile
@@ -48,7 +48,7 @@ def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
         elif padded <= 96:
             m, n, warps, stages = 64, 64, 4, 3
         elif padded <= 128:
-            m, n, warps, stages = 128, 128 if head_dim == 128 else 64, 8, 3
+            m, n, warps, stages = 128, 128 if head_dim == 128 and not masked else 64, 8, 3
         else:
             m, n, warps, stages = 128, 64 if padded <= 192 else 32, 8, 3
     elif padded <= 64:
@@ -174,53 +174,43 @@ def _forward(
         )  # fmt: skip
 
     inverse = (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]
-    x0 = (acc0 * inverse).to(out.dtype.element_ty)
-    x1 = x0
-    bad = count_not_finite(x0)
+    x = acc0 * inverse
+    bad = not_finite(x)
+    store_part(out, o_rows, here, x.to(out.dtype.element_ty), 0, D)
     if D1:
-        x1 = (acc1 * inverse).to(out.dtype.element_ty)
-        bad += count_not_finite(x1)
-    store_head(out, o_rows, here, x0, x1, D, D0, D1)
+        x = acc1 * inverse
+        bad = bad | not_finite(x)
+        store_part(out, o_rows, here, x.to(out.dtype.element_ty), D0, D)
     if flag is not None:
-        tl.store(flag, 1, mask=bad > 0)  # a plain store: the flag may lie in host memory
+        tl.store(flag, 1, mask=bad)  # a plain store: the flag may lie in host memory
     if lse is not None:  # [B, H, Nq]
         m_scaled = m if ADDITIVE else m * qk_scale
         value = tl.where(l == 0.0, float("-inf"), (m_scaled + tl.log2(l)) * LN2)
         tl.store(lse + head_of_batch.to(tl.int64) * q_len + queries, value, queries < q_len)
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    mask: Tensor | None,
-    kv_len: Tensor | None,
-    flag: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    **tuned: int,
-) -> None:
-    """Write attention of q, k, v [B, N, H, D] into `out` and `lse`; `tuned` replaces entries of `config`."""
-    (b, nq, h, d), (_, nk, h_kv, _) = q.shape, k.shape
-    settings = config(d, q.element_size(), _capability(q.device)) | tuned
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+    masked: bool,
+) -> tuple[tuple[int], dict[str, object]]:
+    """The grid and the constants of a launch, looked up instead of worked out at every call."""
+    b, nq, h, d = shape
+    settings = config(d, dtype.itemsize, _capability(device), masked)
     d0, d1 = parts(d)
-    strides = (0, 0, 0, 0)
-    if mask is not None:
-        mask = mask.expand(b, h, nq, nk)
-        strides = mask.stride()
-        mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
-    with on_device_of(q):
-        _forward[(-(-nq // settings["M"]) * b * h,)](
-            q, k, v, out, lse, mask, kv_len, flag,
-            scale_log2(scale, d),
-            nq, nk, h, h // h_kv,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *strides,
-            D=d, D0=d0, D1=d1,
-            ADDITIVE=mask is not None and mask.dtype != torch.int8, CAUSAL=causal, ALIGN=alignment(q, k, v, out), PRECISION=precision(q.dtype),
-            **settings,
-        )  # fmt: skip
+    constants = {
+        "D": d,
+        "D0": d0,
+        "D1": d1,
+        "ALIGN": alignment(*strides) if aligned else 1,
+        "PRECISION": precision(dtype),
+        **settings,
+    }
+    return (-(-nq // settings["M"]) * b * h,), constants
 
 
 @functools.cache
@@ -260,10 +250,26 @@ def attend(
         -inf.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    b, nq, h, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(b, h, nq, dtype=torch.float32, device=q.device) if return_lse else None
-    launch(q, k, v, out, lse, mask, kv_len, flag, scale, causal)
+    b, nq, h, d = shape = q.shape
+    _, nk, h_kv, _ = k.shape
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    mask_strides, additive = (0, 0, 0, 0), False
+    if mask is not None:
+        mask = mask.expand(b, h, nq, nk)
+        mask_strides, additive = mask.stride(), mask.dtype != torch.bool
+        mask = mask if additive else mask.view(torch.int8)
+    grid, constants = _plan(shape, strides, q.dtype, q.device, aligned(q, k, v), mask is not None)
+    with on_device_of(q):
+        _forward[grid](
+            q, k, v, out, lse, mask, kv_len, flag,
+            scale_log2(scale, d),
+            nq, nk, h, h // h_kv,
+            *strides, *mask_strides,
+            ADDITIVE=additive, CAUSAL=causal,
+            **constants,
+        )  # fmt: skip
     return out, lse
 
 

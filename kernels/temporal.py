@@ -1,22 +1,23 @@
 """Temporal attention: very many rows of few tokens, in one pass over memory.
 
 out = softmax(scale q k^T) v for up to 128 queries and keys a row. A row's whole attention fits in registers, so q, k and v
-are read once, the output is written once, and nothing else touches memory: the bound is the copy bandwidth. A program
-takes G rows of HB heads; its products are batches of [QP, D] x [D, KP], so that no product is spent on pairs of
-different rows (a tile of 64 queries by 64 keys would waste 3 of 4 at 16 frames). Loads run over heads before frames:
-in the projections' layout neighbouring heads lie side by side, and a head of 40 alone would leave sectors half used.
+are read once, the output is written once, and nothing else touches memory: the bound is the copy bandwidth (temporal
+attention is bound by memory, not by arithmetic: Golden et al., arXiv:2312.14385, section 5). A program takes HB heads of
+one row; its products are batches of [QP, D] x [D, KP], a warp each, so that none is spent on pairs of different rows (a
+tile of 64 queries by 64 keys would waste three of four at 16 frames). Loads run over heads before tokens: in the
+projections' layout neighbouring heads lie side by side, and a head of 40 alone would leave memory sectors half used.
 
 Rows may be addressed by two strides, (b, p) -> b stride_b + p stride_p, so that [B, F, P, H, D] is read where it lies.
 
-Letters: R = B P rows, Nq/Nk queries and keys, H heads, D head_dim; QP, KP: Nq, Nk padded to powers of two;
-G rows and HB heads a program.
+Letters: B P rows, Nq/Nk queries and keys, H heads, D head_dim; QP, KP: Nq, Nk padded to powers of two; HB heads a program.
 
-Refuses: masks, causal, more than 128 tokens, head_dim over 256 or no multiple of 8.
-Source of the layout argument: measured on an H200, research notes of "Generative AI Beyond LLMs" (arXiv:2312.14385, section
-5: temporal attention is bound by memory access, not by arithmetic).
+Refuses: masks, causal, more than 128 tokens, wide heads on long rows.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 import triton
@@ -24,49 +25,41 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.call import Call
-from videoattn.kernels.tiles import alignment, count_not_finite, load_head, parts, store_head
-from videoattn.kernels.triton_backend import TritonBackend, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
+from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
 
 MAX_TOKENS = 128
 
 
 def config(q_len: int, kv_len: int, heads: int, head_dim: int) -> dict[str, int]:
-    """Tile sizes and warps, as measured on an H200 (benchmarks/temporal.py)."""
+    """Tile sizes and warps, as measured on an H200 with Triton 3.6 (benchmarks/temporal.py)."""
     qp, kp = (max(16, triton.next_power_of_2(n)) for n in (q_len, kv_len))
     tokens = max(qp, kp)
-    if tokens >= 64:  # one row of one head, its products shared by all warps
-        hb, warps = 1, 8 if tokens * head_dim > 64 * 128 else 4
-    elif tokens == 32:
+    if tokens >= 64:  # one head, its products shared by all warps
+        return {"QP": qp, "KP": kp, "HB": 1, "num_warps": 8 if min(qp, kp) == 128 and head_dim > 64 else 4}
+    if tokens == 32:
         hb = 4 if head_dim < 64 else 1
-        warps = hb
     else:
         hb = 2 if head_dim <= 64 else 4 if head_dim <= 128 else 1
-        warps = max(1, hb // 2)
     while heads % hb:
         hb //= 2
-    return {"QP": qp, "KP": kp, "G": 1, "HB": hb, "num_warps": min(warps, max(1, hb)) if tokens < 64 else warps}
+    return {"QP": qp, "KP": kp, "HB": hb, "num_warps": hb if tokens == 32 else max(1, hb // 2)}
 
 
 @triton.jit
-def _row_offsets(rows, P, tokens, heads, stride_b, stride_p, stride_n, stride_h, ALIGN: tl.constexpr):
-    """Element offsets [G, N, HB, 1] of every (row, token, head)."""
-    row = tl.multiple_of((rows // P).to(tl.int64) * stride_b, ALIGN)
-    place = tl.multiple_of((rows % P).to(tl.int64) * stride_p, ALIGN)
+def _row(ptr, b, p, stride_b, stride_p, ALIGN: tl.constexpr):
+    """The address of a row."""
+    return ptr + tl.multiple_of(b.to(tl.int64) * stride_b, ALIGN) + tl.multiple_of(p.to(tl.int64) * stride_p, ALIGN)
+
+
+@triton.jit
+def _offsets(tokens, heads, stride_n, stride_h, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """Element offsets [N, HB, 1] of every (token, head) of a row; WIDE: they may pass 2^31."""
+    if WIDE:
+        tokens = tokens.to(tl.int64)
     token = tl.multiple_of(tokens * stride_n, ALIGN)
     head = tl.multiple_of(heads * stride_h, ALIGN)
-    return (row + place)[:, None, None, None] + token[None, :, None, None] + head[None, None, :, None]
-
-
-@triton.jit
-def _batches(x, G: tl.constexpr, N: tl.constexpr, HB: tl.constexpr, C: tl.constexpr):
-    """[G, N, HB, C] -> [G HB, N, C]."""
-    return tl.reshape(tl.permute(x, 0, 2, 1, 3), G * HB, N, C)
-
-
-@triton.jit
-def _unbatch(x, G: tl.constexpr, N: tl.constexpr, HB: tl.constexpr, C: tl.constexpr):
-    """[G HB, N, C] -> [G, N, HB, C]."""
-    return tl.permute(tl.reshape(x, G, HB, N, C), 0, 2, 1, 3)
+    return token[:, None, None] + head[None, :, None]
 
 
 @triton.jit
@@ -84,113 +77,97 @@ def _product(a, b, acc, PRECISION: tl.constexpr):
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
 @triton.jit(do_not_specialize=[
-    "R", "P", "q_len", "kv_len",
-    *(f"{x}_s{axis}" for x in "qkvo" for axis in "bpnh"),
+    "P", "H", "q_len", "kv_len", *(f"{x}_s{axis}" for x in "qkvo" for axis in "bpnh"),
 ])  # fmt: skip
 def _forward(
     q, k, v, out,
     lse, kv_lens, flag,  # or None
     qk_scale,  # scale * log2(e)
-    R, P, q_len, kv_len,
+    P, H, q_len, kv_len,
     q_sb, q_sp, q_sn, q_sh,
     k_sb, k_sp, k_sn, k_sh,
     v_sb, v_sp, v_sn, v_sh,
     o_sb, o_sp, o_sn, o_sh,
-    H: tl.constexpr,
     KV_GROUP: tl.constexpr,  # query heads a key head
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    G: tl.constexpr, HB: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+    HB: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
     ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    HEAD_TILES: tl.constexpr = (H + HB - 1) // HB
     pid = tl.program_id(0)
-    rows = (pid // HEAD_TILES) * G + tl.arange(0, G)  # heads first: neighbours in memory run at the same time
-    heads = (pid % HEAD_TILES) * HB + tl.arange(0, HB)
+    row = pid // (H // HB)  # heads first: neighbours in memory run at the same time
+    b, p = row // P, row % P
+    heads = (pid % (H // HB)) * HB + tl.arange(0, HB)
     queries, keys = tl.arange(0, QP), tl.arange(0, KP)
-    here = (rows < R)[:, None, None, None] & (heads < H)[None, None, :, None]
-    q_here = here & (queries < q_len)[None, :, None, None]
-    k_here = here & (keys < kv_len)[None, :, None, None]
+    q_here, k_here = (queries < q_len)[:, None, None], (keys < kv_len)[:, None, None]
 
-    q_rows = _row_offsets(rows, P, queries, heads, q_sb, q_sp, q_sn, q_sh, ALIGN)
-    k_rows = _row_offsets(rows, P, keys, heads // KV_GROUP, k_sb, k_sp, k_sn, k_sh, ALIGN)
-    v_rows = _row_offsets(rows, P, keys, heads // KV_GROUP, v_sb, v_sp, v_sn, v_sh, ALIGN)
-    q0, q1 = load_head(q, q_rows, q_here, D, D0, D1)
-    k0, k1 = load_head(k, k_rows, k_here, D, D0, D1)
-    v0, v1 = load_head(v, v_rows, k_here, D, D0, D1)
+    q_rows = _offsets(queries, heads, q_sn, q_sh, ALIGN, WIDE)
+    k_rows = _offsets(keys, heads // KV_GROUP, k_sn, k_sh, ALIGN, WIDE)
+    v_rows = _offsets(keys, heads // KV_GROUP, v_sn, v_sh, ALIGN, WIDE)
+    q0, q1 = load_head(_row(q, b, p, q_sb, q_sp, ALIGN), q_rows, q_here, D, D0, D1)
+    k0, k1 = load_head(_row(k, b, p, k_sb, k_sp, ALIGN), k_rows, k_here, D, D0, D1)
+    v0, v1 = load_head(_row(v, b, p, v_sb, v_sp, ALIGN), v_rows, k_here, D, D0, D1)
 
-    s = tl.zeros([G * HB, QP, KP], tl.float32)
-    k0 = tl.permute(_batches(k0, G, KP, HB, D0), 0, 2, 1)
-    s = _product(_batches(q0, G, QP, HB, D0), k0, s, PRECISION)
+    s = tl.zeros([HB, QP, KP], tl.float32)  # tiles come as [N, HB, D]
+    s = _product(tl.permute(q0, 1, 0, 2), tl.permute(k0, 1, 2, 0), s, PRECISION)
     if D1:
-        k1 = tl.permute(_batches(k1, G, KP, HB, D1), 0, 2, 1)
-        s = _product(_batches(q1, G, QP, HB, D1), k1, s, PRECISION)
-
-    if kv_lens is not None:  # [G HB, 1, 1]
-        lengths = tl.load(kv_lens + rows // P, rows < R, 0)
-        lengths = tl.reshape(tl.broadcast_to(lengths[:, None], G, HB), G * HB)[:, None, None]
-        s = tl.where(keys[None, None, :] < tl.minimum(lengths, kv_len), s, float("-inf"))
+        s = _product(tl.permute(q1, 1, 0, 2), tl.permute(k1, 1, 2, 0), s, PRECISION)
+    if kv_lens is not None:
+        s = tl.where((keys < tl.minimum(tl.load(kv_lens + b), kv_len))[None, None, :], s, float("-inf"))
         m = tl.max(s, 2)
         m = tl.where(m == float("-inf"), 0.0, m)  # a row without a key
     else:
         s = tl.where((keys < kv_len)[None, None, :], s, float("-inf"))
         m = tl.max(s, 2)
-    p = tl.exp2((s - m[:, :, None]) * qk_scale)
-    total = tl.sum(p, 2)
-    p = p.to(q.dtype.element_ty)
+    weights = tl.exp2((s - m[:, :, None]) * qk_scale)
+    total = tl.sum(weights, 2)
+    weights = weights.to(q.dtype.element_ty)
     inverse = (1.0 / tl.where(total == 0.0, 1.0, total))[:, :, None]
 
-    o_rows = _row_offsets(rows, P, queries, heads, o_sb, o_sp, o_sn, o_sh, ALIGN)
-    o0 = tl.zeros([G * HB, QP, D0], tl.float32)
-    o0 = _product(p, _batches(v0, G, KP, HB, D0), o0, PRECISION) * inverse
-    o0 = _unbatch(o0.to(q.dtype.element_ty), G, QP, HB, D0)
-    bad = count_not_finite(o0)
-    o1 = o0
+    out = _row(out, b, p, o_sb, o_sp, ALIGN)
+    o_rows = _offsets(queries, heads, o_sn, o_sh, ALIGN, WIDE)
+    o = _product(weights, tl.permute(v0, 1, 0, 2), tl.zeros([HB, QP, D0], tl.float32), PRECISION) * inverse
+    bad = not_finite(o)
+    store_part(out, o_rows, q_here, tl.permute(o.to(q.dtype.element_ty), 1, 0, 2), 0, D)
     if D1:
-        o1 = tl.zeros([G * HB, QP, D1], tl.float32)
-        o1 = _product(p, _batches(v1, G, KP, HB, D1), o1, PRECISION) * inverse
-        o1 = _unbatch(o1.to(q.dtype.element_ty), G, QP, HB, D1)
-        bad += count_not_finite(o1)
-    store_head(out, o_rows, q_here, o0, o1, D, D0, D1)
+        o = _product(weights, tl.permute(v1, 1, 0, 2), tl.zeros([HB, QP, D1], tl.float32), PRECISION) * inverse
+        bad = bad | not_finite(o)
+        store_part(out, o_rows, q_here, tl.permute(o.to(q.dtype.element_ty), 1, 0, 2), D0, D)
     if flag is not None:
-        tl.store(flag, 1, mask=bad > 0)  # a plain store: the flag may lie in host memory
-
-    if lse is not None:  # [R, H, Nq]
+        tl.store(flag, 1, mask=bad)  # a plain store: the flag may lie in host memory
+    if lse is not None:  # [B P, H, Nq]
         value = tl.where(total == 0.0, float("-inf"), (m * qk_scale + tl.log2(total)) * 0.6931471805599453)
-        value = tl.reshape(value, G, HB, QP)
-        places = (rows.to(tl.int64) * H)[:, None, None] + heads[None, :, None]
-        keep = (rows < R)[:, None, None] & (heads < H)[None, :, None] & (queries < q_len)[None, None, :]
-        tl.store(lse + places * q_len + queries[None, None, :], value, keep)
+        places = (row.to(tl.int64) * H + heads)[:, None] * q_len + queries[None, :]
+        tl.store(lse + places, value, (queries < q_len)[None, :])
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    kv_len: Tensor | None,
-    flag: Tensor | None,
-    scale: float | None,
-    **tuned: int,
-) -> None:
-    """Write attention of q, k, v [B, P, N, H, D] into `out` and `lse`; `tuned` replaces entries of `config`."""
-    b, p, nq, h, d = q.shape
-    nk, h_kv = k.shape[2:4]
-    settings = config(nq, nk, h, d) | tuned
-    d0, d1 = parts(d)
-    programs = -(-b * p // settings["G"]) * -(-h // settings["HB"])
-    with on_device_of(q):
-        _forward[(programs,)](
-            q, k, v, out, lse, kv_len, flag,
-            scale_log2(scale, d),
-            b * p, p, nq, nk,
-            *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4],
-            H=h, KV_GROUP=h // h_kv, D=d, D0=d0, D1=d1,
-            ALIGN=alignment(q, k, v, out),
-            PRECISION=precision(q.dtype),
-            **settings,
-        )  # fmt: skip
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size, kv_len: int, kv_heads: int, strides: tuple[int, ...], dtype: torch.dtype, aligned: bool
+) -> tuple[tuple[int], dict[str, object]]:
+    """The grid and the constants of a launch, looked up instead of worked out at every call."""
+    *rows, q_len, heads, head_dim = shape
+    settings = config(q_len, kv_len, heads, head_dim)
+    d0, d1 = parts(head_dim)
+    extent = max(q_len, kv_len) * max(strides[2::4]) + heads * max(strides[3::4])
+    constants = {
+        "KV_GROUP": heads // kv_heads,
+        "D": head_dim,
+        "D0": d0,
+        "D1": d1,
+        "ALIGN": alignment(*strides) if aligned else 1,
+        "WIDE": extent >= 2**31,
+        "PRECISION": precision(dtype),
+        **settings,
+    }
+    return (math.prod(rows) * heads // settings["HB"],), constants
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """In elements, of b, p, n, h."""
+    strides = x.stride()
+    return strides[:4] if len(strides) == 5 else (strides[0], 0, strides[1], strides[2])
 
 
 def attend(
@@ -218,15 +195,21 @@ def attend(
         (natural logarithm) or None. A row without a key gives 0 and -inf.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    b, nq, h = q.shape[0], *q.shape[-3:-1]
-    shape = (b, h, nq) if q.ndim == 4 else (b, q.shape[1], h, nq)
-    lse = torch.empty(shape, dtype=torch.float32, device=q.device) if return_lse else None
-    if q.ndim == 4:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        launch(*(x.unsqueeze(1) for x in (q, k, v, out)), lse, kv_len, flag, scale)
-    else:
-        out = torch.empty_like(q)
-        launch(q, k, v, out, lse, kv_len, flag, scale)
+    *rows, nq, h, d = shape = q.shape
+    nk, h_kv = k.shape[-3:-1]
+    four = len(rows) == 1
+    out = torch.empty(shape, dtype=q.dtype, device=q.device) if four else torch.empty_like(q)
+    lse = torch.empty((*rows, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(out))
+    grid, constants = _plan(shape, nk, h_kv, strides, q.dtype, aligned(q, k, v))
+    with on_device_of(q):
+        _forward[grid](
+            q, k, v, out, lse, kv_len, flag,
+            scale_log2(scale, d),
+            1 if four else rows[1], h, nq, nk,
+            *strides,
+            **constants,
+        )  # fmt: skip
     return out, lse
 
 

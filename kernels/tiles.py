@@ -27,16 +27,14 @@ def parts(head_dim: int) -> tuple[int, int]:
     return first, padded - first
 
 
-def alignment(*tensors) -> int:
-    """The greatest of 8, 4, 2, 1 elements of which every address of a row (all strides but the last) is a multiple.
+def alignment(*numbers: int) -> int:
+    """The greatest of 8, 4, 2, 1 that divides all: strides, and addresses, in elements.
 
     16-bit rows that start at multiples of 8 elements are read 16 bytes at a time.
     """
     bits = 8
-    for x in tensors:
-        bits |= x.data_ptr() // x.element_size()
-        for stride in x.stride()[:-1]:
-            bits |= stride
+    for number in numbers:
+        bits |= number
     return bits & -bits
 
 
@@ -53,16 +51,13 @@ def load_head(ptr, rows, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constex
 
 
 @triton.jit
-def store_head(ptr, rows, keep, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Store the parts where `load_head` would load them."""
-    d0 = tl.arange(0, D0)
-    tl.store(ptr + (rows + d0), x0, keep & (d0 < D))
-    if D1:
-        d1 = D0 + tl.arange(0, D1)
-        tl.store(ptr + (rows + d1), x1, keep & (d1 < D))
+def store_part(ptr, rows, keep, x, START: tl.constexpr, D: tl.constexpr):
+    """Store a part that begins at element START of the head, where `load_head` would load it."""
+    d = START + tl.arange(0, x.shape[-1])
+    tl.store(ptr + (rows + d), x, keep & (d < D))
 
 
 @triton.jit
-def count_not_finite(x):
-    """How many elements of x are NaN or infinite."""
-    return tl.sum((tl.abs(x.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1)
+def not_finite(x):
+    """Whether an element of x (fp32) is NaN or infinite. Zero times either is NaN: one instruction an element."""
+    return tl.sum(tl.ravel(x * 0.0)) != 0.0

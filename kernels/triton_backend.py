@@ -16,6 +16,7 @@ from videoattn.call import Call
 from videoattn.policy import EXACT, Decision
 
 LOG2_E = math.log2(math.e)
+TUNED_WITH = "3.6.0"  # the Triton that the tile sizes, warps and stages of our kernels were measured with
 
 
 class Attend(Protocol):
@@ -106,3 +107,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 def unit_stride(x: Tensor) -> Tensor:
     """x, or its copy where the elements of a head do not lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all of them begin at a multiple of 16 bytes."""
+    bits = 0
+    for x in tensors:
+        bits |= x.data_ptr()
+    return bits & 15 == 0
