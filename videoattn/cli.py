@@ -30,6 +30,7 @@ BENCHMARKS = {
     "host_time": "host time that a call costs more",
     "suite": "seconds of make test and make demo",
     "temporal": "temporal attention against the best of torch's kernels and against a copy",
+    "warmup": "what the first generation takes longer",
 }
 
 
