@@ -9,16 +9,20 @@ lets one issue its products while the others compute exponentials.
 The tiles of keys are taken from the last to the first: only the last needs a mask, and it is met before the loop. Programs
 are persistent, heads outermost, so that the keys of one head stay in L2. Token counts are run-time integers.
 
-Letters: B batch, Nq/Nk queries and keys, H heads, Hkv key/value heads, D head_dim; M queries of a warp group, N keys of a
-tile, P head_dim padded to 64 or 128 (TMA fills with zeros).
+A head is cut into one or two parts D0 > D1, as in kernels/tiles.py: q k^T is a sum over the parts, p v is made part by
+part, and every part has tiles of its own, padded with zeros by TMA.
 
-Refuses: other cards than sm_90, fp32, head_dim over 128, masks, causal; `attend` refuses strides that TMA cannot take.
+Letters: B batch, Nq/Nk queries and keys, H heads, Hkv key/value heads, D head_dim; M queries of a warp group, N keys of a
+tile.
+
+Refuses: other cards than sm_90, fp32, masks, causal. Tensors whose strides TMA cannot take are copied.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videoattn.call import Call
+from videoattn.kernels.tiles import parts
 from videoattn.kernels.triton_backend import TritonBackend, on_device_of, scale_log2
 
 M = gl.constexpr(64)
@@ -42,18 +47,27 @@ class Config:
     """How the kernel is built.
 
     Args:
+        D0, D1: the parts of a head; D1 is 0 where there is one.
         N: keys of a tile. STAGES: tiles of k and of v in flight. GROUPS: computing warp groups, 2 or 3.
         TURNS: whether the groups issue their products in turn.
+        K_AHEAD: whether k is loaded one tile ahead of v.
+        O_IN_Q: whether the output takes the place of q in shared memory.
     """
 
+    D0: int = 128
+    D1: int = 0
     N: int = 128
     STAGES: int = 2
     GROUPS: int = 2
     TURNS: bool = True
+    K_AHEAD: bool = True
+    O_IN_Q: bool = False
 
     def __post_init__(self) -> None:
         if self.N not in (64, 128) or self.STAGES < 2 or self.GROUPS not in (2, 3):
             raise ValueError(f"Config: wanted N 64 or 128, STAGES from 2, GROUPS 2 or 3, got {self}")
+        if self.D0 not in (16, 32, 64, 128, 256) or self.D1 not in (0, 16, 32, 64) or self.D1 >= self.D0:
+            raise ValueError(f"Config: wanted parts D0 > D1 that are powers of two from 16 on, or D1 0, got {self}")
 
     @property
     def registers(self) -> dict[str, int]:
@@ -62,8 +76,23 @@ class Config:
 
 
 @functools.cache
-def config(padded_dim: int) -> Config:
-    return Config(GROUPS=3) if padded_dim == 64 else Config()
+def config(head_dim: int) -> Config:
+    """The largest tiles that fit into shared memory and registers without spills."""
+    d0, d1 = (64, 0) if head_dim <= 64 else parts(head_dim)
+    padded = d0 + d1
+    if padded <= 64:
+        tiles = {"GROUPS": 3}
+    elif padded <= 96:
+        tiles = {"STAGES": 3}
+    elif padded <= 128:
+        tiles = {}
+    elif padded <= 160:
+        tiles = {"O_IN_Q": True}
+    elif padded <= 192:
+        tiles = {"N": 64, "STAGES": 3, "O_IN_Q": True}
+    else:
+        tiles = {"N": 64, "O_IN_Q": True}
+    return Config(D0=d0, D1=d1, **tiles)
 
 
 @gluon.jit
@@ -92,27 +121,35 @@ def _work(index, counts, N: gl.constexpr, HAS_LENS: gl.constexpr):
 
 
 @gluon.jit
-def _load_tile(desc, at, smem, full, empty, slot, phase):
+def _load_tile(descs, batch, head, row, smem, full, empty, slot, phase, D1: gl.constexpr):
     """One tile from memory into its place in the ring, as soon as that is empty; `full` tells when it has come."""
     mbarrier.wait(empty.index(slot), phase)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, at, full.index(slot), smem.index(slot))
+    if D1:
+        mbarrier.expect(full.index(slot), descs[0].block_type.nbytes + descs[1].block_type.nbytes)
+        tma.async_copy_global_to_shared(descs[0], [batch, head, row, 0], full.index(slot), smem[0].index(slot))
+        tma.async_copy_global_to_shared(
+            descs[1], [batch, head, row, descs[0].block_shape[3]], full.index(slot), smem[1].index(slot)
+        )
+    else:
+        mbarrier.expect(full.index(slot), descs[0].block_type.nbytes)
+        tma.async_copy_global_to_shared(descs[0], [batch, head, row, 0], full.index(slot), smem[0].index(slot))
 
 
 @gluon.jit
-def _load(task, HAS_LENS: gl.constexpr):
+def _load(task, HAS_LENS: gl.constexpr, D1: gl.constexpr, K_AHEAD: gl.constexpr):
     """The loader: tiles of q, k and v from memory into shared memory, as places fall empty."""
-    q_desc, k_desc, v_desc, smem, full, empty, counts, kv_group, pieces = task
+    q_descs, k_descs, v_descs, smem, full, empty, counts, kv_group, pieces = task
     q_smem, k_smem, v_smem, _o_smem = smem
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
-    GROUPS: gl.constexpr = q_smem.shape[0]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    N: gl.constexpr = k_smem.shape[3]
+    GROUPS: gl.constexpr = q_smem[0].shape[0]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    N: gl.constexpr = k_smem[0].shape[3]
 
     slot = 0
     phase = 1  # of a new barrier the phase before the first counts as complete: every place is empty
     q_phase = 1
+    # Not in the loop over the pieces: two variables of an inner loop that start as the same value are taken for one.
     v_slot = slot
     v_phase = phase
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
@@ -120,17 +157,21 @@ def _load(task, HAS_LENS: gl.constexpr):
         kv_head = head // kv_group
         for group in gl.static_range(GROUPS):
             row = (q_tile * GROUPS + group) * M
-            _load_tile(q_desc, [batch, head, row, 0], q_smem, q_full, q_empty, group, q_phase)
+            _load_tile(q_descs, batch, head, row, q_smem, q_full, q_empty, group, q_phase, D1)
         q_phase ^= 1
-        for step in range(steps):  # k runs one tile ahead of v, as its use does
+        for step in range(steps):
             row = (steps - 1 - step) * N
-            _load_tile(k_desc, [batch, kv_head, row, 0], k_smem, k_full, k_empty, slot, phase)
-            if step > 0:
-                _load_tile(v_desc, [batch, kv_head, row + N, 0], v_smem, v_full, v_empty, v_slot, v_phase)
-            v_slot = slot
-            v_phase = phase
+            _load_tile(k_descs, batch, kv_head, row, k_smem, k_full, k_empty, slot, phase, D1)
+            if K_AHEAD:
+                if step > 0:
+                    _load_tile(v_descs, batch, kv_head, row + N, v_smem, v_full, v_empty, v_slot, v_phase, D1)
+                v_slot = slot
+                v_phase = phase
+            else:
+                _load_tile(v_descs, batch, kv_head, row, v_smem, v_full, v_empty, slot, phase, D1)
             slot, phase = _advance(slot, phase, STAGES)
-        _load_tile(v_desc, [batch, kv_head, 0, 0], v_smem, v_full, v_empty, v_slot, v_phase)
+        if K_AHEAD:
+            _load_tile(v_descs, batch, kv_head, 0, v_smem, v_full, v_empty, v_slot, v_phase, D1)
 
 
 @gluon.jit
@@ -155,23 +196,62 @@ def _scale_rows(x, factor):
 
 
 @gluon.jit
-def _attend(task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr):
+def _tile(smem, slot):
+    return smem.index(slot).reshape([smem.shape[3], smem.shape[4]])
+
+
+@gluon.jit
+def _scores(q_smem, k_smem, GROUP: gl.constexpr, slot, fresh, D1: gl.constexpr):
+    """q k^T of one tile, started."""
+    k0 = _tile(k_smem[0], slot).permute((1, 0))
+    s = hopper.warpgroup_mma(_tile(q_smem[0], GROUP), k0, fresh, use_acc=False, is_async=True)
+    if D1:
+        k1 = _tile(k_smem[1], slot).permute((1, 0))
+        s = hopper.warpgroup_mma(_tile(q_smem[1], GROUP), k1, s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _add_values(p16, v_smem, slot, acc):
+    """acc + p v of one part of one tile, started."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return hopper.warpgroup_mma(gl.convert_layout(p16, layout), _tile(v_smem, slot), acc, is_async=True)
+
+
+@gluon.jit
+def _store_part(o_desc, o_smem, at, x, flag, HAS_FLAG: gl.constexpr, GROUP: gl.constexpr):
+    """Start the way of one part of the output to memory."""
+    if HAS_FLAG:
+        finite = gl.min((gl.abs(x.to(gl.float32)) < float("inf")).to(gl.int32), 1)  # NaN fails every comparison
+        zeros = gl.full([M], 0, gl.int32, gl.SliceLayout(1, x.type.layout))
+        gl.store(flag + zeros, 1 - finite, mask=finite == 0)
+    _tile(o_smem, GROUP).store(x)
+    hopper.fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, at, o_smem.index(GROUP))
+
+
+@gluon.jit
+def _attend(
+    task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, D1: gl.constexpr, TURNS: gl.constexpr, O_IN_Q: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
     """One warp group: attention of the GROUP-th M queries of every piece of work."""
-    o_desc, smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag = task
+    o_descs, smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag = task
     q_smem, k_smem, v_smem, o_smem = smem
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
-    dtype: gl.constexpr = q_smem.dtype
-    GROUPS: gl.constexpr = q_smem.shape[0]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    N: gl.constexpr = k_smem.shape[3]
-    P: gl.constexpr = k_smem.shape[4]
+    dtype: gl.constexpr = q_smem[0].dtype
+    GROUPS: gl.constexpr = q_smem[0].shape[0]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    N: gl.constexpr = k_smem[0].shape[3]
+    D0: gl.constexpr = k_smem[0].shape[4]
     NEXT: gl.constexpr = (GROUP + 1) % GROUPS
+    VALUES_IN_FLIGHT: gl.constexpr = 2 if D1 else 1
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    acc0_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    acc1_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc0_layout, 2)
 
-    q = q_smem.index(GROUP).reshape([M, P])
     fresh = gl.zeros([M, N], gl.float32, s_layout)
     slot = 0
     phase = 0
@@ -186,8 +266,7 @@ def _attend(task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.cons
         mbarrier.wait(k_full.index(slot), phase)
         if TURNS:
             _turn("sync", GROUP)
-        k = k_smem.index(slot).reshape([N, P]).permute((1, 0))
-        s = hopper.warpgroup_mma(q, k, fresh, use_acc=False, is_async=True)
+        s = _scores(q_smem, k_smem, GROUP, slot, fresh, D1)
         if TURNS:
             _turn("arrive", NEXT)
         s = hopper.warpgroup_mma_wait(0, [s])
@@ -197,7 +276,9 @@ def _attend(task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.cons
         p = gl.exp2(s * qk_scale - (m * qk_scale)[:, None])
         l = _lane_sums(p)
         p16 = gl.convert_layout(p.to(dtype), p_layout)
-        acc = gl.zeros([M, P], gl.float32, acc_layout)
+        acc0 = gl.zeros([M, D0], gl.float32, acc0_layout)
+        if D1:
+            acc1 = gl.zeros([M, D1], gl.float32, acc1_layout)
         mbarrier.wait(v_full.index(slot), phase)
 
         for _ in range(1, steps):
@@ -205,12 +286,13 @@ def _attend(task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.cons
             mbarrier.wait(k_full.index(next_slot), next_phase)
             if TURNS:
                 _turn("sync", GROUP)
-            k = k_smem.index(next_slot).reshape([N, P]).permute((1, 0))
-            s = hopper.warpgroup_mma(q, k, fresh, use_acc=False, is_async=True)
-            acc = hopper.warpgroup_mma(p16, v_smem.index(slot).reshape([N, P]), acc, is_async=True)
+            s = _scores(q_smem, k_smem, GROUP, next_slot, fresh, D1)
+            acc0 = _add_values(p16, v_smem[0], slot, acc0)
+            if D1:
+                acc1 = _add_values(p16, v_smem[1], slot, acc1)
             if TURNS:
                 _turn("arrive", NEXT)
-            s = hopper.warpgroup_mma_wait(1, [s])
+            s = hopper.warpgroup_mma_wait(VALUES_IN_FLIGHT, [s])
             mbarrier.arrive(k_empty.index(next_slot))
             new_m = gl.maximum(m, gl.max(s, 1))
             shrink = gl.exp2((m - new_m) * qk_scale)
@@ -220,16 +302,25 @@ def _attend(task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.cons
             # Before the wait for acc, and not where v is used: it ends a block of instructions, which the assembler
             # would else reorder so that the exponentials start after acc is complete.
             mbarrier.wait(v_full.index(next_slot), next_phase)
-            acc, _p = hopper.warpgroup_mma_wait(0, [acc, p16])
+            if D1:
+                acc0, acc1, _p = hopper.warpgroup_mma_wait(0, [acc0, acc1, p16])
+                acc1 = _scale_rows(acc1, shrink)
+            else:
+                acc0, _p = hopper.warpgroup_mma_wait(0, [acc0, p16])
             mbarrier.arrive(v_empty.index(slot))
-            acc = _scale_rows(acc, shrink)
+            acc0 = _scale_rows(acc0, shrink)
             p16 = gl.convert_layout(p.to(dtype), p_layout)
             slot = next_slot
             phase = next_phase
 
-        mbarrier.arrive(q_empty.index(GROUP))
-        acc = hopper.warpgroup_mma(p16, v_smem.index(slot).reshape([N, P]), acc, is_async=True)
-        acc, _p = hopper.warpgroup_mma_wait(0, [acc, p16])
+        if not O_IN_Q:
+            mbarrier.arrive(q_empty.index(GROUP))
+        acc0 = _add_values(p16, v_smem[0], slot, acc0)
+        if D1:
+            acc1 = _add_values(p16, v_smem[1], slot, acc1)
+            acc0, acc1, _p = hopper.warpgroup_mma_wait(0, [acc0, acc1, p16])
+        else:
+            acc0, _p = hopper.warpgroup_mma_wait(0, [acc0, p16])
         mbarrier.arrive(v_empty.index(slot))
         slot, phase = _advance(slot, phase, STAGES)
 
@@ -238,14 +329,16 @@ def _attend(task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.cons
         rows = row + gl.arange(0, M, gl.SliceLayout(1, s_layout))
         lse_rows = lse + (index // q_tiles).to(gl.int64) * q_len + rows
         gl.store(lse_rows, (m * qk_scale + gl.log2(total)) * LN2, mask=rows < q_len)
-        x = _scale_rows(acc, 1.0 / gl.where(total == 0.0, 1.0, total)).to(dtype)
-        if HAS_FLAG:
-            finite = gl.min((gl.abs(x.to(gl.float32)) < float("inf")).to(gl.int32), 1)  # NaN fails every comparison
-            gl.store(flag + gl.full([M], 0, gl.int32, gl.SliceLayout(1, acc_layout)), 1 - finite, mask=finite == 0)
+        inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
         tma.store_wait(0)
-        o_smem.index(GROUP).reshape([M, P]).store(x)
-        hopper.fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_smem.index(GROUP))
+        x0 = _scale_rows(acc0, inverse).to(dtype)
+        _store_part(o_descs[0], o_smem[0], [batch, head, row, 0], x0, flag, HAS_FLAG, GROUP)
+        if D1:
+            x1 = _scale_rows(acc1, inverse).to(dtype)
+            _store_part(o_descs[1], o_smem[1], [batch, head, row, D0], x1, flag, HAS_FLAG, GROUP)
+        if O_IN_Q:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(GROUP))
     tma.store_wait(0)
 
 
@@ -257,31 +350,54 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces"])
+@gluon.jit
+def _tiles(desc, COUNT: gl.constexpr):
+    return gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_shape, desc.layout)
+
+
+@gluon.jit(
+    do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces"],
+    do_not_specialize_on_alignment=["lse", "kv_lens", "flag"],
+)
 def forward(
-    q_desc, k_desc, v_desc, o_desc, lse, kv_lens, flag, qk_scale, q_len, kv_len, heads, kv_group, q_tiles, pieces,
+    q0_desc, k0_desc, v0_desc, o0_desc,
+    q1_desc, k1_desc, v1_desc, o1_desc,  # None where D1 is 0
+    lse, kv_lens, flag, qk_scale, q_len, kv_len, heads, kv_group, q_tiles, pieces,
     HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr,
-    N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, TURNS: gl.constexpr,
+    D0: gl.constexpr, D1: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    TURNS: gl.constexpr, K_AHEAD: gl.constexpr, O_IN_Q: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    P: gl.constexpr = q_desc.block_shape[3]
-    smem = (
-        gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, M, P], q_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, N, P], k_desc.layout),
-        gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, N, P], v_desc.layout),
-        gl.allocate_shared_memory(o_desc.dtype, [GROUPS, 1, 1, M, P], o_desc.layout),
-    )
+    if D1:
+        descs = ((q0_desc, q1_desc), (k0_desc, k1_desc), (v0_desc, v1_desc), (o0_desc, o1_desc))
+        q_smem = (_tiles(q0_desc, GROUPS), _tiles(q1_desc, GROUPS))
+        k_smem = (_tiles(k0_desc, STAGES), _tiles(k1_desc, STAGES))
+        v_smem = (_tiles(v0_desc, STAGES), _tiles(v1_desc, STAGES))
+        if O_IN_Q:
+            o_smem = q_smem
+        else:
+            o_smem = (_tiles(o0_desc, GROUPS), _tiles(o1_desc, GROUPS))
+    else:
+        descs = ((q0_desc,), (k0_desc,), (v0_desc,), (o0_desc,))
+        q_smem = (_tiles(q0_desc, GROUPS),)
+        k_smem = (_tiles(k0_desc, STAGES),)
+        v_smem = (_tiles(v0_desc, STAGES),)
+        if O_IN_Q:
+            o_smem = q_smem
+        else:
+            o_smem = (_tiles(o0_desc, GROUPS),)
+    smem = (q_smem, k_smem, v_smem, o_smem)
     full = (_barriers(GROUPS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
     empty = (_barriers(GROUPS, 1), _barriers(STAGES, GROUPS), _barriers(STAGES, GROUPS))
     counts = (q_tiles, heads, kv_len, kv_lens)
-    load = (q_desc, k_desc, v_desc, smem, full, empty, counts, kv_group, pieces)
-    attend = (o_desc, smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag)
+    load = (descs[0], descs[1], descs[2], smem, full, empty, counts, kv_group, pieces)
+    attend = (descs[3], smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_FLAG, TURNS, 0)),
-                (_attend, (attend, HAS_LENS, HAS_FLAG, TURNS, 1)),
-                (_load, (load, HAS_LENS)),
+                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 0)),
+                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 1)),
+                (_load, (load, HAS_LENS, D1, K_AHEAD)),
             ],
             [4, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -289,38 +405,56 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_FLAG, TURNS, 0)),
-                (_attend, (attend, HAS_LENS, HAS_FLAG, TURNS, 1)),
-                (_attend, (attend, HAS_LENS, HAS_FLAG, TURNS, 2)),
-                (_load, (load, HAS_LENS)),
+                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 0)),
+                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 1)),
+                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 2)),
+                (_load, (load, HAS_LENS, D1, K_AHEAD)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, LOADER_REGISTERS],
         )
 
 
-def strides_refused(x: Tensor) -> str | None:
-    """Why TMA cannot read or write x [B, N, H, D], or None: the base and every stride are multiples of 16 bytes."""
-    if x.stride(-1) != 1:
-        return f"the elements of a head must lie side by side, got strides {x.stride()}"
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    if x.data_ptr() % 16 or any(stride * x.element_size() % 16 or stride <= 0 for stride in strides):
-        return f"base and strides must be multiples of 16 bytes, above 0, got strides {x.stride()} of {x.dtype}"
-    return None
+class _Tiles(NamedTuple):
+    """What a launch reads of a TensorDescriptor; that checks its fields anew each time it is made, for 20 us."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: list[int]
+    layout: gl.NVMMASharedLayout
+    padding: str = "zero"
 
 
-def _describe(x: Tensor, rows: int, padded_dim: int) -> TensorDescriptor:
-    """Tiles [1, 1, rows, padded_dim] of x [B, N, H, D], read as [B, H, N, D] in whatever order it lies."""
-    b, n, h, d = x.shape
-    # A dimension of size 1 is never stepped over, but TMA checks its stride all the same.
-    sb, sn, sh = (stride if size > 1 else d for size, stride in zip((b, n, h), x.stride()[:3], strict=True))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, [b, h, n, d], [sb, sh, sn, 1], [1, 1, rows, padded_dim], layout)
+@functools.cache
+def tile_layout(width: int) -> gl.NVMMASharedLayout:
+    """How tiles of `width` elements lie in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(2 * width, 128), element_bitwidth=16, rank=4)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x [B, N, H, D], or its copy where TMA cannot read x: base and strides must be multiples of 16 bytes above 0."""
+    (b, n, h, _), (sb, sn, sh, sd) = x.shape, x.stride()
+    # A dimension of size 1 is never stepped over.
+    sb, sn, sh = sb if b > 1 else 8, sn if n > 1 else 8, sh if h > 1 else 8
+    if sd == 1 and sb > 0 and sn > 0 and sh > 0 and not (sb | sn | sh) & 7 and not x.data_ptr() & 15:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _describe(x: Tensor, rows: int, width: int) -> _Tiles:
+    """Tiles [1, 1, rows, width] of x [B, N, H, D], read as [B, H, N, D] in whatever order it lies."""
+    (b, n, h, d), (sb, sn, sh, _) = x.shape, x.stride()
+    strides = (sb if b > 1 else d, sh if h > 1 else d, sn if n > 1 else d, 1)
+    return _Tiles(x, (b, h, n, d), strides, [1, 1, rows, width], tile_layout(width))
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_KERNELS: dict[tuple, object] = {}  # compiled, by everything that makes another kernel
 
 
 def attend(
@@ -349,34 +483,46 @@ def attend(
         -inf.
 
     Raises:
-        ValueError: strides that TMA cannot take; a scale below 0.
+        ValueError: a scale below 0.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        why = strides_refused(x)
-        if why is not None:
-            raise ValueError(f"flash_hopper.attend: {name}: {why}")
+    q, k, v = readable(q), readable(k), readable(v)
     (b, nq, h, d), (_, nk, h_kv, _) = q.shape, k.shape
-    padded_dim = 64 if d <= 64 else 128
-    built = config(padded_dim) if tuned is None else tuned
+    built = config(d) if tuned is None else tuned
     out = torch.empty((b, nq, h, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device)
     q_tiles = -(-nq // (M.value * built.GROUPS))
     pieces = b * h * q_tiles
+    has_lens, has_flag = kv_len is not None, flag is not None
+    descs = [_describe(x, rows, built.D0) for x, rows in ((q, M.value), (k, built.N), (v, built.N), (out, M.value))]
+    if built.D1:
+        descs += [
+            tiles._replace(block_shape=[*tiles.block_shape[:3], built.D1], layout=tile_layout(built.D1))
+            for tiles in descs
+        ]
+    else:
+        descs += [None] * 4
+    numbers = (
+        lse,
+        kv_len if has_lens else lse,
+        flag if has_flag else lse,
+        scale_log2(scale, d),
+        nq, nk, h, h // h_kv, q_tiles, pieces,
+    )  # fmt: skip
+    grid = (min(pieces, _processors(q.device)), 1, 1)
+    key = (built, q.dtype, q.device, has_lens, has_flag)
     with on_device_of(q):
-        forward[(min(pieces, _processors(q.device)),)](
-            _describe(q, M.value, padded_dim),
-            _describe(k, built.N, padded_dim),
-            _describe(v, built.N, padded_dim),
-            _describe(out, M.value, padded_dim),
-            lse,
-            lse if kv_len is None else kv_len,
-            lse if flag is None else flag,
-            scale_log2(scale, d),
-            nq, nk, h, h // h_kv, q_tiles, pieces,
-            HAS_LENS=kv_len is not None, HAS_FLAG=flag is not None,
-            **asdict(built), **built.registers, LOADER_REGISTERS=LOADER_REGISTERS,
-            num_warps=4,
-        )  # fmt: skip
+        kernel = _KERNELS.get(key)
+        if kernel is None:
+            registers = built.registers
+            maxnreg = registers.pop("maxnreg")
+            constants = {"HAS_LENS": has_lens, "HAS_FLAG": has_flag, **asdict(built), **registers}
+            constants["LOADER_REGISTERS"] = LOADER_REGISTERS
+            checked = [tiles and TensorDescriptor(*tiles) for tiles in descs]
+            kernel = forward[grid](*checked, *numbers, **constants, num_warps=4, maxnreg=maxnreg)
+            _KERNELS[key] = kernel, tuple(constants[name] for name in forward.arg_names if name in constants)
+        else:  # past the look-up of the kernel, which reads every argument
+            kernel, constants = kernel
+            kernel[grid](*descs, *numbers, *constants)
     return out, lse if return_lse else None
 
 
@@ -388,8 +534,8 @@ def refuses(call: Call) -> str | None:
         return "needs compute capability 9.0"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return f"takes fp16 and bf16, got {call.dtype}"
-    if call.head_dim % 8 or not 16 <= call.head_dim <= 128:
-        return f"takes head_dim 16 to 128 in steps of 8, got {call.head_dim}"
+    if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
+        return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
     if call.mask != "none":
         return "takes no mask"
     if call.causal:

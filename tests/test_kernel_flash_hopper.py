@@ -16,11 +16,7 @@ flash_hopper = pytest.importorskip("videoattn.kernels.flash_hopper")
 Config = flash_hopper.Config
 
 SHARED_MEMORY = 227 * 1024  # of one block on sm_90
-BUILT = {
-    "64": (64, flash_hopper.config(64)),
-    "64 two groups": (64, Config(GROUPS=2, STAGES=4)),
-    "128": (128, flash_hopper.config(128)),
-}
+HEAD_DIMS = (64, 80, 96, 128, 144, 160, 192, 256)  # each has a form of its own
 
 
 def half(*shape, offset=0):
@@ -32,21 +28,19 @@ def half(*shape, offset=0):
 
 
 @pytest.mark.parametrize(
-    ("x", "why"),
+    "x",
     [
-        (half(1, 64, 2, 68)[..., :64], "multiples of 16 bytes"),
-        (half(1, 64, 2, 64, offset=1), "multiples of 16 bytes"),
-        (half(1, 64, 64, 2).transpose(2, 3), "side by side"),
-        (half(1, 64, 1, 64).expand(1, 64, 2, 64), "above 0"),
+        half(1, 64, 2, 68)[..., :64],
+        half(1, 64, 2, 64, offset=1),
+        half(1, 64, 64, 2).transpose(2, 3),
+        half(1, 64, 1, 64).expand(1, 64, 2, 64),
     ],
     ids=["row", "base", "transposed", "expanded"],
 )
-@pytest.mark.parametrize("place", range(3))
-def test_strides_that_tma_cannot_take(x, why, place):
-    qkv = [half(1, 64, 2, 64) for _ in range(3)]
-    qkv[place] = x
-    with pytest.raises(ValueError, match=f"{'qkv'[place]}: .*{why}"):
-        flash_hopper.attend(*qkv)
+def test_strides_that_tma_cannot_take_are_copied(x):
+    copy = flash_hopper.readable(x)
+    assert copy.is_contiguous() and copy.data_ptr() != x.data_ptr()
+    assert flash_hopper.readable(copy) is copy
 
 
 @pytest.mark.parametrize(
@@ -55,7 +49,7 @@ def test_strides_that_tma_cannot_take(x, why, place):
     ids=["BNHD", "BHND", "fused", "one"],
 )
 def test_strides_that_tma_takes(x):
-    assert flash_hopper.strides_refused(x) is None
+    assert flash_hopper.readable(x) is x
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,8 @@ def test_strides_that_tma_takes(x):
         ({"head_dim": 80, "dtype": torch.bfloat16, "has_kv_len": True, "kv_heads": 1}, None),
         ({"device": torch.device("cpu")}, "no GPU"),
         ({"dtype": torch.float32}, "fp16 and bf16"),
-        ({"head_dim": 136}, "head_dim"),
+        ({"head_dim": 256}, None),
+        ({"head_dim": 264}, "head_dim"),
         ({"head_dim": 60}, "head_dim"),
         ({"mask": "bool"}, "no mask"),
         ({"causal": True}, "causal"),
@@ -84,33 +79,44 @@ def test_other_cards(monkeypatch):
     assert "compute capability 9.0" in flash_hopper.refuses(call(device=torch.device("cuda")))
 
 
-@pytest.mark.parametrize("wrong", [{"N": 96}, {"STAGES": 1}, {"GROUPS": 4}], ids=str)
+@pytest.mark.parametrize("wrong", [{"N": 96}, {"STAGES": 1}, {"GROUPS": 4}, {"D0": 96}, {"D0": 64, "D1": 64}], ids=str)
 def test_configs_that_do_not_exist(wrong):
     with pytest.raises(ValueError, match="Config: wanted"):
         Config(**wrong)
 
 
+@pytest.mark.parametrize("head_dim", range(16, 257, 8))
+def test_every_head_is_covered(head_dim):
+    built = flash_hopper.config(head_dim)
+    assert head_dim <= built.D0 + built.D1
+
+
 # ---------------------------------------------------------------- what the assembler makes of it
 
 
-@pytest.fixture(scope="module", params=BUILT)
+@pytest.fixture(scope="module", params=HEAD_DIMS)
 def assembled(request, tmp_path_factory):
-    """(shared memory in bytes, what the assembler says, machine code) of a kernel built for sm_90."""
+    """(the form, shared memory in bytes, what the assembler says, machine code) of a kernel built for sm_90."""
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    padded_dim, built = BUILT[request.param]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    tiles = {"q_desc": 64, "k_desc": built.N, "v_desc": built.N, "o_desc": 64}
-    signature = {name: f"tensordesc<bf16[1, 1, {rows}, {padded_dim}],{layout!r}>" for name, rows in tiles.items()}
+    built = flash_hopper.config(request.param)
+    signature, constants = {}, {}
+    for place, width in enumerate((built.D0, built.D1)):
+        for name, rows in {"q": 64, "k": built.N, "v": built.N, "o": 64}.items():
+            if width:
+                layout = flash_hopper.tile_layout(width)
+                signature[f"{name}{place}_desc"] = f"tensordesc<bf16[1, 1, {rows}, {width}],{layout!r}>"
+            else:
+                constants[f"{name}{place}_desc"] = None
     signature |= {"lse": "*fp32", "kv_lens": "*i32", "flag": "*i32", "qk_scale": "fp32"}
     registers = built.registers
     options = {"num_warps": 4, "maxnreg": registers.pop("maxnreg")}
-    constants = {"HAS_LENS": True, "HAS_FLAG": True, **asdict(built), **registers}
+    constants |= {"HAS_LENS": True, "HAS_FLAG": True, **asdict(built), **registers}
     constants["LOADER_REGISTERS"] = flash_hopper.LOADER_REGISTERS
     signature |= {name: "i32" for name in flash_hopper.forward.arg_names if name not in signature | constants}
     signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in flash_hopper.forward.arg_names}
     source = GluonASTSource(flash_hopper.forward, signature, constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -123,11 +129,11 @@ def assembled(request, tmp_path_factory):
     code = subprocess.run(
         [tools.cuobjdump.path, "--dump-sass", cubin], check=True, capture_output=True, text=True
     ).stdout
-    return kernel.metadata.shared, said, code
+    return built, kernel.metadata.shared, said, code
 
 
 def test_it_fits_and_nothing_spills(assembled):
-    shared, said, code = assembled
+    _, shared, said, code = assembled
     assert shared <= SHARED_MEMORY
     assert " 0 bytes spill stores, 0 bytes spill loads" in said
     assert "USETMAXREG" in code
@@ -135,12 +141,13 @@ def test_it_fits_and_nothing_spills(assembled):
 
 def test_the_tensor_cores_run_while_exponentials_are_computed(assembled):
     """No product is serialised, and between the waits for S and for acc in the loop lie the tile's exponentials."""
-    _, said, code = assembled
+    built, _, said, code = assembled
     assert "wgmma" not in said, said
-    steps = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01])\b", code)
+    steps = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[0-2])\b", code)
     text = "".join({"H": "H", "M": "E"}.get(step[0], step[-1]) for step in steps)
-    overlapped = re.findall(r"1(E+)0", text)
-    assert len(overlapped) >= 2 and all(len(run) >= 64 for run in overlapped), text
+    values_in_flight = 2 if built.D1 else 1
+    overlapped = re.findall(rf"{values_in_flight}(E+)0", text)
+    assert len(overlapped) >= 2 and all(len(run) >= built.N // 2 for run in overlapped), text
 
 
 # ---------------------------------------------------------------- on the GPU
@@ -158,7 +165,7 @@ def check(q, k, v, **options):
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 96, 128, 144, 160, 192, 208, 256])
 @pytest.mark.parametrize(
     "lengths", [(1, 1), (63, 63), (129, 129), (193, 257), (1000, 1000), (300, 77), (77, 3000)], ids=str
 )
@@ -167,7 +174,7 @@ def test_it_equals_the_oracle(lengths, head_dim, dtype, poisoned):
 
 
 @gpu
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 160, 256])
 @pytest.mark.parametrize("kv_len", [(0, 1, 256, 520), (0, 0, 0, 0), (520, 519, 128, 127)], ids=str)
 def test_prefix_lengths(kv_len, head_dim, poisoned):
     q, k, v = make_qkv(4, 300, 520, 3, head_dim, dtype=torch.bfloat16, device="cuda")
@@ -182,7 +189,7 @@ def test_layouts_and_shared_heads(lengths, layout, poisoned):
 
 
 @gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_more_work_than_processors_gives_the_same_bits_every_time(head_dim, poisoned):
     q, k, v = make_qkv(3, 700, 700, 60, head_dim, dtype=torch.bfloat16, device="cuda")
     check(q, k, v)
