@@ -144,7 +144,7 @@ def _forward(
     v_rows = tl.multiple_of(tl.arange(0, N) * v_sn, ALIGN)[:, None]
     mask_rows = None
     if mask is not None:
-        mask_rows = (b * mask_sb + h * mask_sh + queries.to(tl.int64) * mask_sq)[:, None]
+        mask_rows = (b * mask_sb + h.to(tl.int64) * mask_sh + queries.to(tl.int64) * mask_sq)[:, None]
 
     limit = kv_len
     if kv_lens is not None:

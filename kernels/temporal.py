@@ -100,7 +100,10 @@ def _forward(
     b, p = row // P, row % P
     heads = (pid % (H // HB)) * HB + tl.arange(0, HB)
     queries, keys = tl.arange(0, QP), tl.arange(0, KP)
-    q_here, k_here = (queries < q_len)[:, None, None], (keys < kv_len)[:, None, None]
+    limit = kv_len
+    if kv_lens is not None:
+        limit = tl.minimum(limit, tl.load(kv_lens + b))
+    q_here, k_here = (queries < q_len)[:, None, None], (keys < limit)[:, None, None]
 
     q_rows = _offsets(queries, heads, q_sn, q_sh, ALIGN, WIDE)
     k_rows = _offsets(keys, heads // KV_GROUP, k_sn, k_sh, ALIGN, WIDE)
@@ -113,13 +116,10 @@ def _forward(
     s = _product(tl.permute(q0, 1, 0, 2), tl.permute(k0, 1, 2, 0), s, PRECISION)
     if D1:
         s = _product(tl.permute(q1, 1, 0, 2), tl.permute(k1, 1, 2, 0), s, PRECISION)
+    s = tl.where((keys < limit)[None, None, :], s, float("-inf"))
+    m = tl.max(s, 2)
     if kv_lens is not None:
-        s = tl.where((keys < tl.minimum(tl.load(kv_lens + b), kv_len))[None, None, :], s, float("-inf"))
-        m = tl.max(s, 2)
         m = tl.where(m == float("-inf"), 0.0, m)  # a row without a key
-    else:
-        s = tl.where((keys < kv_len)[None, None, :], s, float("-inf"))
-        m = tl.max(s, 2)
     weights = tl.exp2((s - m[:, :, None]) * qk_scale)
     total = tl.sum(weights, 2)
     weights = weights.to(q.dtype.element_ty)
