@@ -1,5 +1,6 @@
 """Every test starts from the same state of the random generators and must leave the process as it found it."""
 
+import os
 import random
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from videoattn.testing import poisoned_empty
+if not torch.cuda.is_available():
+    # Triton's kernels then run on the CPU, in its interpreter. Triton looks when it is imported; torch's FLOP counter,
+    # and so videoattn, imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -50,5 +54,7 @@ def _process_state() -> dict[str, object]:
 @pytest.fixture
 def poisoned():
     """Uninitialised memory holds NaN during the test."""
+    from videoattn.testing import poisoned_empty
+
     with poisoned_empty():
         yield

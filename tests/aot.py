@@ -1,0 +1,265 @@
+"""Our Triton kernels compiled ahead of time for cards that are not here: do they fit, do they spill, what multiplies.
+
+    python tests/aot.py              every head_dim, dtype and form of call, some hours
+    python tests/aot.py --shipped    one call a kernel and head_dim
+
+In processes of their own, because Triton must be there without its interpreter and in the version that the configs were
+tuned with, which `make` puts beside the one that torch asks for. What is compiled is what a launch compiles, on tensors
+without memory: types, alignments and constants are those that the launcher hands to Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+from unittest import mock
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+WORKERS = 2
+REGISTERS = 255
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Compute capability -> shared memory of one block (CUDA C++ Programming Guide, table of technical specifications)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel, compiled for one kind of call on one card.
+
+    Args:
+        kernel: the module in kernels/.
+        capability: 90 for 9.0.
+        tokens: queries and keys of a row; the other kernels are made for any number.
+        tuned: entries that replace those of the shipped config.
+    """
+
+    kernel: Literal["temporal", "flash"]
+    capability: int
+    head_dim: int
+    tokens: int = 4096
+    dtype: Literal["fp16", "bf16", "fp32"] = "bf16"
+    mask: Literal["none", "bool", "additive"] = "none"
+    causal: bool = False
+    kv_len: bool = False
+    lse: bool = False
+    tuned: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        shape = f" x {self.tokens} tokens" if self.kernel == "temporal" else ""
+        extras = [self.mask] * (self.mask != "none") + [x for x in ("causal", "kv_len", "lse") if getattr(self, x)]
+        return " ".join([f"{self.kernel} sm_{self.capability} head_dim {self.head_dim}{shape} {self.dtype}", *extras])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What the assembler made of a case.
+
+    Args:
+        triton: the version that compiled it.
+        registers: of a thread, spilled: bytes a thread stores to memory for want of them.
+        shared: bytes of shared memory a block.
+        products: instruction -> how often it stands in the code, of those that multiply matrices.
+        serialized: whether the assembler made asynchronous products wait for each other.
+    """
+
+    triton: str
+    registers: int
+    spilled: int
+    shared: int
+    products: dict[str, int]
+    serialized: bool
+
+    def wrong(self, case: Case) -> list[str]:
+        """What is wrong with it, in a few words each."""
+        found = []
+        if self.registers > REGISTERS:
+            found.append(f"{self.registers} registers")
+        if self.spilled:
+            found.append(f"{self.spilled} bytes spilled")
+        if self.shared > 1024 * SHARED_KIB[case.capability]:
+            found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.capability]}")
+        if (
+            case.kernel == "flash"
+            and case.capability == 90
+            and case.dtype != "fp32"
+            and set(self.products) != {"wgmma"}
+        ):
+            found.append(f"products are {self.products}, not wgmma alone")
+        if self.serialized:
+            found.append("products wait for each other")
+        return found
+
+
+def shipped() -> list[Case]:
+    """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
+    return [
+        Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
+        for capability in SHARED_KIB
+        for head_dim in (40, 64, 72, 80, 88, 96, 112, 128, 160, 256)
+        for kernel, tokens in (("flash", 4096), ("temporal", 16), ("temporal", 32))
+        if tokens != 32 or head_dim in (40, 64, 80, 160)
+    ]
+
+
+def everything() -> list[Case]:
+    """Every head_dim, dtype and form of call."""
+    forms = [{}, {"mask": "bool"}, {"mask": "additive"}, {"causal": True}, {"kv_len": True}]
+    sizes = [
+        {"capability": capability, "dtype": dtype, "head_dim": head_dim, "lse": lse}
+        for capability in SHARED_KIB
+        for dtype in ("fp16", "bf16", "fp32")
+        for head_dim in range(16, 257, 8)
+        for lse in (False, True)
+    ]
+    dense = [Case(kernel="flash", **size, **form) for size in sizes for form in forms]
+    short = [
+        Case(kernel="temporal", tokens=tokens, kv_len=kv_len, **size)
+        for size in sizes
+        for tokens in (16, 32, 64, 128)
+        for kv_len in (False, True)
+        if tokens <= 64 or size["head_dim"] * (4 if size["dtype"] == "fp32" else 2) <= 256
+    ]
+    return dense + short
+
+
+# ---------------------------------------------------------------- in a process that can compile
+
+
+class Card:
+    """Stands for Triton's driver: kernels are compiled for the card, and never loaded."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # what was compiled for one card is not taken for another
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Compiling:
+    """Stands for a kernel: compiles what a launch would launch."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs) -> None:
+            self.compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+
+        return launch
+
+
+def compiled(case: Case) -> Figures:
+    """Compile one case. Triton must not have been imported for its interpreter."""
+    import torch
+    import triton
+
+    from videoattn.kernels import flash, temporal
+
+    def tensor(*shape: int, dtype: str = case.dtype):
+        dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int": torch.int32}
+        return torch.empty(*shape, dtype=dtypes.get(dtype, torch.bool), device="meta")
+
+    n, d = case.tokens, case.head_dim
+    options = {"return_lse": case.lse, "flag": tensor(1, dtype="int")}
+    if case.kv_len:
+        options["kv_len"] = tensor(2, dtype="int")
+    if case.kernel == "flash":
+        mask = {"none": None, "bool": tensor(n, n, dtype="bool"), "additive": tensor(n, n)}[case.mask]
+        options |= {"mask": mask, "causal": case.causal}
+
+    log = io.StringIO()
+    module = {"flash": flash, "temporal": temporal}[case.kernel]
+    shipped_config = module.config
+    for planned in (flash._plan, temporal._plan):
+        planned.cache_clear()  # which do not tell cards apart
+    triton.runtime.driver.set_active(Card(case.capability))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    with (
+        mock.patch.object(module, "_forward", Compiling(module._forward)) as kernel,
+        mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)),
+        mock.patch.object(flash, "_capability", lambda device: case.capability),
+        contextlib.redirect_stdout(log),
+    ):
+        module.attend(*(tensor(2, n, 8, d) for _ in range(3)), **options)
+
+    said, ptx = log.getvalue(), kernel.compiled.asm["ptx"]
+    instructions = {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma\."}
+    counts = {name: len(re.findall(pattern, ptx)) for name, pattern in instructions.items()}
+    return Figures(
+        triton=triton.__version__,
+        registers=int(re.search(r"Used (\d+) registers", said)[1]),
+        spilled=int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        shared=kernel.compiled.metadata.shared,
+        products={name: count for name, count in counts.items() if count},
+        serialized="wgmma" in said,
+    )
+
+
+# ---------------------------------------------------------------- here
+
+
+def elsewhere(function: Callable[[X], Y], arguments: Iterable[X]) -> Iterator[Y]:
+    """`function` of each argument, in processes that can compile; both must be found by import."""
+    from videoattn.kernels.triton_backend import TUNED_WITH
+
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            WORKERS,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_prepare,
+            initargs=(str(Path(sys.prefix) / f"triton-{TUNED_WITH}"), cache),
+        ) as executor,
+    ):
+        yield from executor.map(function, arguments)
+
+
+def _prepare(tuned_with: str, cache: str) -> None:
+    """Of a process that compiles, before it imports Triton; a folder that is not there is passed over."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache
+    sys.path.insert(0, tuned_with)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shipped", action="store_true", help="one call a kernel and head_dim")
+    parser.add_argument("--only", default="", help="cases whose line begins so: 'flash sm_90'")
+    args = parser.parse_args(argv)
+    cases = [case for case in (shipped() if args.shipped else everything()) if str(case).startswith(args.only)]
+    failed = 0
+    for case, figures in zip(cases, elsewhere(compiled, cases), strict=True):
+        wrong = figures.wrong(case)
+        failed += bool(wrong)
+        products = " ".join(f"{name} {count}" for name, count in figures.products.items())
+        print(
+            f"{case}: {figures.registers} registers, {figures.shared / 1024:.0f} KiB, {products}",
+            *(f"WRONG: {what}" for what in wrong),
+            flush=True,
+        )
+    print(f"{len(cases)} compiled, {failed} wrong")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
