@@ -1,8 +1,12 @@
 """The Hopper kernel: what it refuses, what the assembler makes of it without a GPU, and on one, the oracle."""
 
+import multiprocessing
+import os
 import re
 import subprocess
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
@@ -96,11 +100,18 @@ def test_every_head_is_covered(head_dim):
 
 @pytest.fixture(scope="module", params=HEAD_DIMS)
 def assembled(request, tmp_path_factory):
+    """What `assemble` gives, from a process in which Triton is no interpreter."""
+    with mock.patch.dict(os.environ), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        os.environ.pop("TRITON_INTERPRET", None)
+        return pool.submit(assemble, request.param, tmp_path_factory.mktemp("kernel")).result()
+
+
+def assemble(head_dim, folder):
     """(the form, shared memory in bytes, what the assembler says, machine code) of a kernel built for sm_90."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    built = flash_hopper.config(request.param)
+    built = flash_hopper.config(head_dim)
     signature, constants = {}, {}
     for place, width in enumerate((built.D0, built.D1)):
         for name, rows in {"q": 64, "k": built.N, "v": built.N, "o": 64}.items():
@@ -120,7 +131,7 @@ def assembled(request, tmp_path_factory):
     source = GluonASTSource(flash_hopper.forward, signature, constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
-    ptx, cubin = (tmp_path_factory.mktemp("kernel") / name for name in ("kernel.ptx", "kernel.cubin"))
+    ptx, cubin = (folder / name for name in ("kernel.ptx", "kernel.cubin"))
     ptx.write_text(kernel.asm["ptx"])
     tools = triton.knobs.nvidia
     said = subprocess.run(
