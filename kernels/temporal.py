@@ -34,16 +34,20 @@ MAX_TOKENS = 128
 def config(q_len: int, kv_len: int, heads: int, head_dim: int) -> dict[str, int]:
     """Tile sizes and warps, as measured on an H200 with Triton 3.6 (benchmarks/temporal.py)."""
     qp, kp = (max(16, triton.next_power_of_2(n)) for n in (q_len, kv_len))
+    d0, d1 = parts(head_dim)
     tokens = max(qp, kp)
+    if d0 <= 32 or tokens >= 64:  # a small second part costs more than it saves
+        d0, d1 = triton.next_power_of_2(head_dim), 0
+    hb, warps = 1, 1
     if tokens >= 64:  # one head, its products shared by all warps
-        return {"QP": qp, "KP": kp, "HB": 1, "num_warps": 8 if min(qp, kp) == 128 and head_dim > 64 else 4}
-    if tokens == 32:
-        hb = 4 if head_dim < 64 else 1
-    else:
-        hb = 2 if head_dim <= 64 else 4 if head_dim <= 128 else 1
+        warps = 8 if min(qp, kp) == 128 and d0 == 128 else 4
+    elif tokens == 16 and head_dim < 80:
+        hb = 2
+    elif tokens == 16 and head_dim <= 128:
+        hb, warps = 4, 2
     while heads % hb:
-        hb //= 2
-    return {"QP": qp, "KP": kp, "HB": hb, "num_warps": hb if tokens == 32 else max(1, hb // 2)}
+        hb, warps = hb // 2, max(1, warps // 2)
+    return {"QP": qp, "KP": kp, "D0": d0, "D1": d1, "HB": hb, "num_warps": warps}
 
 
 @triton.jit
@@ -128,12 +132,14 @@ def _forward(
     out = _row(out, b, p, o_sb, o_sp, ALIGN)
     o_rows = _offsets(queries, heads, o_sn, o_sh, ALIGN, WIDE)
     o = _product(weights, tl.permute(v0, 1, 0, 2), tl.zeros([HB, QP, D0], tl.float32), PRECISION) * inverse
+    o = o.to(out.dtype.element_ty)
     bad = not_finite(o)
-    store_part(out, o_rows, q_here, tl.permute(o.to(q.dtype.element_ty), 1, 0, 2), 0, D)
+    store_part(out, o_rows, q_here, tl.permute(o, 1, 0, 2), 0, D)
     if D1:
         o = _product(weights, tl.permute(v1, 1, 0, 2), tl.zeros([HB, QP, D1], tl.float32), PRECISION) * inverse
+        o = o.to(out.dtype.element_ty)
         bad = bad | not_finite(o)
-        store_part(out, o_rows, q_here, tl.permute(o.to(q.dtype.element_ty), 1, 0, 2), D0, D)
+        store_part(out, o_rows, q_here, tl.permute(o, 1, 0, 2), D0, D)
     if flag is not None:
         tl.store(flag, 1, mask=bad)  # a plain store: the flag may lie in host memory
     if lse is not None:  # [B P, H, Nq]
@@ -149,13 +155,10 @@ def _plan(
     """The grid and the constants of a launch, looked up instead of worked out at every call."""
     *rows, q_len, heads, head_dim = shape
     settings = config(q_len, kv_len, heads, head_dim)
-    d0, d1 = parts(head_dim)
     extent = max(q_len, kv_len) * max(strides[2::4]) + heads * max(strides[3::4])
     constants = {
         "KV_GROUP": heads // kv_heads,
         "D": head_dim,
-        "D0": d0,
-        "D1": d1,
         "ALIGN": alignment(*strides) if aligned else 1,
         "WIDE": extent >= 2**31,
         "PRECISION": precision(dtype),
@@ -219,8 +222,8 @@ def _refuses(call: Call) -> str | None:
     tokens = max(call.q_len, call.kv_len)
     if tokens > MAX_TOKENS:
         return f"takes rows of up to {MAX_TOKENS} tokens, got {tokens}"
-    if tokens > 64 and call.head_dim * call.dtype.itemsize > 256:
-        return f"takes head_dim up to {256 // call.dtype.itemsize} on rows over 64 tokens, got {call.head_dim}"
+    if tokens > 32 and call.head_dim * call.dtype.itemsize > 256:
+        return f"takes head_dim up to {256 // call.dtype.itemsize} on rows over 32 tokens, got {call.head_dim}"
     return None
 
 
