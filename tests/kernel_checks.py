@@ -3,13 +3,20 @@
 Without a GPU they run in Triton's interpreter (conftest.py asks for it), with one on the GPU.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from videoattn.call import Mask
 from videoattn.kernels import reference
-from videoattn.testing import assert_close_to_oracle
+from videoattn.policy import EXACT
+from videoattn.runner import Runner
+from videoattn.testing import Layout, assert_close_to_oracle, make_qkv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -58,3 +65,65 @@ def assert_close_lse(lse, q, k, v, **options):
     assert torch.equal(lse == -torch.inf, blind)
     excess = (lse - exact).abs()[~blind] - bound[~blind]
     assert (excess <= 0).all(), f"lse is off by {excess.max():.2e} more than it may be"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A call of a backend by name.
+
+    Args:
+        layout: how q, k and v lie in memory, as in `make_qkv`.
+        mask: [B, 1, Nq, Nk] with a row that sees no key.
+        kv_lens: prefix lengths of the rows, None for all keys.
+    """
+
+    backend: str
+    q_len: int
+    kv_len: int
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    layout: Layout = "BNHD"
+    mask: Mask = "none"
+    kv_lens: tuple[int, ...] | None = None
+    causal: bool = False
+
+    def __str__(self) -> str:
+        sizes = (self.batch, self.q_len, self.kv_len, self.heads, self.kv_heads, self.head_dim)
+        lengths = "" if self.kv_lens is None else f"lengths {self.kv_lens}"
+        extras = ("" if self.mask == "none" else self.mask, lengths, "causal" if self.causal else "")
+        return " ".join(filter(None, (self.backend, str(sizes), str(self.dtype)[6:], self.layout, *extras)))
+
+    def inputs(self, seed: int = 0) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, object]]:
+        """(q, k, v) and the options of the call, those given alone."""
+        sizes = (self.batch, self.q_len, self.kv_len, self.heads, self.head_dim)
+        options = {"kv_heads": self.kv_heads, "dtype": self.dtype, "layout": self.layout, "seed": seed}
+        qkv = make_qkv(*sizes, **options, device=DEVICE)
+        given = {"causal": True} if self.causal else {}
+        if self.kv_lens is not None:
+            given["kv_len"] = torch.tensor(self.kv_lens, dtype=torch.int32, device=DEVICE)
+        if self.mask != "none":
+            generator = torch.Generator().manual_seed(seed)
+            shape = (self.batch, 1, self.q_len, self.kv_len)
+            keep = torch.rand(shape, generator=generator) < 0.6
+            keep[0, 0, self.q_len // 2] = False
+            added = torch.where(keep, 3 * torch.randn(shape, generator=generator), -torch.inf)
+            given["mask"] = keep.to(DEVICE) if self.mask == "bool" else added.to(DEVICE, self.dtype)
+        return qkv, given
+
+    def check(self) -> None:
+        """The backend's answer is the oracle's."""
+        qkv, given = self.inputs()
+        out = Runner("full", EXACT, self.backend)(*qkv, **given)
+        assert_close_to_oracle(out, *qkv, **given)
+
+
+def compile_ahead(cases: Iterable[Case]) -> None:
+    """Run cases side by side, so that their kernels are there: compilers let go of Python's lock, and take a second each."""
+    first, *rest = cases
+    first.check()  # alone: it also builds what launches kernels
+    with ThreadPoolExecutor(8) as executor:
+        for _ in executor.map(Case.check, rest):
+            pass

@@ -1,11 +1,8 @@
-"""On an NVIDIA GPU: SDPA's kernels against the oracle, their refusals, and every tiny pipeline, exact beside untouched."""
+"""On an NVIDIA GPU: SDPA's kernels against the oracle, their refusals, and what "auto" takes."""
 
 import pytest
-import tiny_pipelines
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import videoattn
 from videoattn.backend import UnsupportedCall
 from videoattn.kernels import sdpa
 from videoattn.policy import EXACT
@@ -63,23 +60,7 @@ def test_fp32_goes_past_the_half_precision_kernels():
     runner = Runner("full", EXACT)
     assert_close_to_oracle(runner(q, k, v), q, k, v)
     refused = {name for plan in runner.plans.values() for name, _ in plan.choice.refusals}
-    assert refused == {"sdpa_cudnn", "sdpa_flash"}
-
-
-@pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
-def test_exact_on_a_pipeline(name):
-    """In fp32, so that what is compared is the way of the data and not the rounding of 16 bits."""
-    head_dim = 96 if name == "allegro" else 64
-    pipe = tiny_pipelines.build(name, head_dim=head_dim).to("cuda")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    untouched = tiny_pipelines.run(name, pipe)
-    with videoattn.fast_attention(pipe, "exact"):
-        fast = tiny_pipelines.run(name, pipe)
-        rows = videoattn.report(pipe).sites
-    with sdpa_kernel(SDPBackend.MATH):  # the noise floor: another exact kernel in the untouched pipeline
-        floor = (tiny_pipelines.run(name, pipe) - untouched).abs().max()
-    assert (fast - untouched).abs().max() <= 2 * floor + 1e-5 * untouched.abs().max()
-    assert any(row.calls for row in rows)
+    assert refused == {"sdpa_cudnn", "sdpa_flash", "triton_hopper"}
 
 
 @pytest.mark.parametrize("shape", [(512, 16, 40), (512, 25, 64), (128, 16, 80), (128, 16, 160), (2, 512, 64)], ids=str)
