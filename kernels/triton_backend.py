@@ -59,8 +59,8 @@ class TritonBackend:
             return "needs compute capability 8.0"
         if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"takes fp16, bf16 and fp32, got {call.dtype}"
-        if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
-            return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
+        if call.head_dim % 4 or not 4 <= call.head_dim <= 256:
+            return f"takes head_dim 4 to 256 in steps of 4, got {call.head_dim}"
         return self._refuses(call)
 
     def plan(self, call: Call, decision: Decision, flag: Tensor | None = None) -> Run:

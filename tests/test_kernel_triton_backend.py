@@ -39,9 +39,9 @@ def test_they_are_backends_of_our_own():
         ({"layout": "BHND", "mask": "additive", "causal": True, "has_kv_len": True, "kv_heads": 1}, None),
         ({"device": torch.device("cpu")}, "no GPU"),
         ({"dtype": torch.float64}, "takes fp16, bf16 and fp32, got torch.float64"),
-        ({"head_dim": 8}, "takes head_dim 16 to 256 in steps of 8, got 8"),
-        ({"head_dim": 60}, "takes head_dim 16 to 256 in steps of 8, got 60"),
-        ({"head_dim": 264}, "takes head_dim 16 to 256 in steps of 8, got 264"),
+        ({"head_dim": 2}, "takes head_dim 4 to 256 in steps of 4, got 2"),
+        ({"head_dim": 62}, "takes head_dim 4 to 256 in steps of 4, got 62"),
+        ({"head_dim": 264}, "takes head_dim 4 to 256 in steps of 4, got 264"),
     ],
     ids=str,
 )
