@@ -15,7 +15,6 @@ import statistics
 import torch
 
 from videoattn.benchmarks import attention, peers, results
-from videoattn.benchmarks.find_shapes import Shape
 from videoattn.policy import EXACT
 from videoattn.verify import select_verified
 
@@ -28,21 +27,6 @@ CASES: dict[str, tuple[str, str, int, tuple[tuple[int, int, int], ...]]] = {  # 
     "bf16 head_dim 64": ("bfloat16", CUDNN, 64, ((2, 32, 4992), (2, 16, 9216), (1, 48, 17776))),
 }
 SLACK = 1.02
-
-
-def shape(batch: int, heads: int, tokens: int, head_dim: int, dtype: str) -> Shape:
-    return Shape(
-        kind="full",
-        batch=batch,
-        heads=heads,
-        kv_heads=heads,
-        q_len=tokens,
-        kv_len=tokens,
-        head_dim=head_dim,
-        dtype=dtype,
-        layout="BNHD",
-        kv_valid=tokens,
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     for case, (dtype, baseline, head_dim, sizes) in chosen.items():
         better = []
         for size in sizes:
-            problem = attention.Problem(shape(*size, head_dim, dtype), torch.device(args.device))
+            problem = attention.Problem(peers.square("full", *size, head_dim, dtype), torch.device(args.device))
             field = peers.line_up(problem, args.seconds / 2)
             ours, best = field.fastest(own=True), field.fastest(own=False)
             result = peers.against(field, ours, CUDNN if baseline == CUDNN else best, args.seconds / 2)

@@ -14,7 +14,6 @@ import argparse
 import torch
 
 from videoattn.benchmarks import attention, peers, results, timing
-from videoattn.benchmarks.find_shapes import Shape
 
 COPY = "copy"
 SHAPES = {  # rows, heads, frames, head_dim
@@ -27,21 +26,6 @@ SHAPES = {  # rows, heads, frames, head_dim
     "animatediff 512x512x32 level 0": (8192, 8, 32, 40),
 }
 LAYOUTS = ("BNHD", "BHND")
-
-
-def shape(rows: int, heads: int, frames: int, head_dim: int, layout: str) -> Shape:
-    return Shape(
-        kind="temporal",
-        batch=rows,
-        heads=heads,
-        kv_heads=heads,
-        q_len=frames,
-        kv_len=frames,
-        head_dim=head_dim,
-        dtype="float16",
-        layout=layout,
-        kv_valid=frames,
-    )
 
 
 def against_copy(field: peers.Field, name: str, seconds: float) -> timing.Comparison:
@@ -77,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--only {args.only!r}: wanted a part of one of {list(SHAPES)}")
     for case, sizes in chosen.items():
         for layout in LAYOUTS:
-            problem = attention.Problem(shape(*sizes, layout), torch.device(args.device))
+            problem = attention.Problem(peers.square("temporal", *sizes, "float16", layout), torch.device(args.device))
             field = peers.line_up(problem, args.seconds / 3)
             ours, best = field.fastest(own=True), field.fastest(own=False)
             compared = {
