@@ -214,7 +214,7 @@ def test_a_replay_makes_the_recorded_calls_in_their_order_behind_the_hooks():
     assert seen == [{"x": 7}]
 
 
-@pytest.mark.parametrize("backend, kernel", [("auto", "exact"), ("sdpa_math", "exact/sdpa_math")])
+@pytest.mark.parametrize("backend, kernel", [("auto", "exact"), ("sdpa", "exact/sdpa")])
 def test_the_row_names_preset_and_forced_backend(backend, kernel, tmp_path, monkeypatch):
     monkeypatch.setitem(host_time.THIN, "ltx", LTX)
     flags = ["--device", "cpu", "--commit", "0", "--results", str(tmp_path), "--seconds", "0.01", "--only", "ltx"]
@@ -222,7 +222,7 @@ def test_the_row_names_preset_and_forced_backend(backend, kernel, tmp_path, monk
     (row,) = results.read(tmp_path / "host_time.csv")
     assert row["kernel"] == kernel
     (bar,) = (target for target in targets.read(results.HERE / "targets.toml") if target.id == "host_time.sdpa")
-    assert bar.matches({**row, "gpu": "NVIDIA H200"}) == (backend == "auto")
+    assert bar.matches({**row, "gpu": "NVIDIA H200"}) == (backend == "sdpa")
 
 
 def test_an_unknown_backend_is_refused(tmp_path):

@@ -166,10 +166,10 @@ def test_constant_rows(value, poisoned):
         ({"q_len": 16, "kv_len": 16, "causal": True}, "takes no mask"),
         ({"q_len": 129, "kv_len": 16}, "takes rows of up to 128 tokens, got 129"),
         ({"q_len": 16, "kv_len": 200}, "takes rows of up to 128 tokens, got 200"),
-        ({"q_len": 65, "kv_len": 65, "head_dim": 136}, "takes head_dim up to 128 on rows over 64 tokens, got 136"),
+        ({"q_len": 65, "kv_len": 65, "head_dim": 136}, "takes head_dim up to 128 on rows over 32 tokens, got 136"),
         (
             {"q_len": 65, "kv_len": 65, "head_dim": 72, "dtype": FP32},
-            "takes head_dim up to 64 on rows over 64 tokens, got 72",
+            "takes head_dim up to 64 on rows over 32 tokens, got 72",
         ),
     ],
     ids=str,
