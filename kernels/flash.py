@@ -42,7 +42,7 @@ def config(head_dim: int, itemsize: int, capability: int, masked: bool) -> dict[
     padded = sum(parts(head_dim))
     if itemsize == 4:  # products in fp32 run on the CUDA cores
         m, n, warps, stages = (32, 32, 4, 1) if padded <= 64 else (16, 16, 4, 1)
-    elif capability // 10 in (9, 10):
+    elif capability // 10 == 9:
         if padded <= 64 or head_dim == 80:
             m, n, warps, stages = 128, 64, 4, 3
         elif padded <= 96:
@@ -51,10 +51,17 @@ def config(head_dim: int, itemsize: int, capability: int, masked: bool) -> dict[
             m, n, warps, stages = 128, 128 if head_dim == 128 and not masked else 64, 8, 3
         else:
             m, n, warps, stages = 128, 64 if padded <= 192 else 32, 8, 3
+    elif capability // 10 == 10:
+        if padded <= 64:
+            m, n, warps, stages = 128, 32 if masked else 64, 4, 3
+        elif padded <= 128:
+            m, n, warps, stages = 128, 128 if head_dim == 128 and not masked else 64, 8, 3
+        else:
+            m, n, warps, stages = 128, 64 if padded <= 192 else 32, 8, 3
     elif padded <= 64:
-        m, n, warps, stages = 128, 64, 4, 2
+        m, n, warps, stages = 128, 32 if masked else 64, 4, 2
     elif padded <= 160:
-        m, n, warps, stages = 128, 32, 8, 2
+        m, n, warps, stages = 128, 16 if masked and padded > 128 else 32, 8, 2
     else:
         m, n, warps, stages = 64, 16, 8, 1
     return {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
