@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from videoattn.benchmarks import attention, peers, results
+from videoattn.benchmarks import attention, find_shapes, peers, results
 from videoattn.policy import EXACT
 from videoattn.verify import select_verified
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     for case, (dtype, baseline, head_dim, sizes) in chosen.items():
         better = []
         for size in sizes:
-            problem = attention.Problem(peers.square("full", *size, head_dim, dtype), torch.device(args.device))
+            problem = attention.Problem(find_shapes.square("full", *size, head_dim, dtype), torch.device(args.device))
             field = peers.line_up(problem, args.seconds / 2)
             ours, best = field.fastest(own=True), field.fastest(own=False)
             result = peers.against(field, ours, CUDNN if baseline == CUDNN else best, args.seconds / 2)

@@ -70,6 +70,12 @@ TEMPORAL_REFERENCE = (
     (2048, 16, 16, 72),  # Latte
     (8192, 8, 32, 40),  # AnimateDiff, 32 frames
 )
+# Long sequences of the heads between 64 and 128 and beyond, of which the models make few: (batch, heads, tokens, head_dim).
+LONG_REFERENCE = tuple(
+    (batch, heads, tokens, head_dim)
+    for head_dim in (40, 72, 80, 96, 112, 160)
+    for batch, heads, tokens in ((4, 8, 4096), (1, 8, 16384))
+)
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -223,23 +229,27 @@ def find_all(names: Iterable[str]) -> dict[Shape, dict[str, int]]:
     return found
 
 
+def square(kind: str, batch: int, heads: int, tokens: int, head_dim: int, dtype: str, layout: str = "BNHD") -> Shape:
+    """Self-attention without a mask; q, k and v contiguous in the given order."""
+    return Shape(
+        kind=kind,
+        batch=batch,
+        heads=heads,
+        kv_heads=heads,
+        q_len=tokens,
+        kv_len=tokens,
+        kv_valid=tokens,
+        head_dim=head_dim,
+        dtype=dtype,
+        layout=layout,
+    )
+
+
 def reference_rows() -> list[Shape]:
-    return [
-        Shape(
-            kind="temporal",
-            batch=rows,
-            heads=heads,
-            kv_heads=heads,
-            q_len=frames,
-            kv_len=frames,
-            kv_valid=frames,
-            head_dim=dim,
-            dtype="float16",
-            layout=layout,
-        )
-        for layout in ("BNHD", "BHND")
-        for rows, heads, frames, dim in TEMPORAL_REFERENCE
+    temporal = [
+        square("temporal", *sizes, "float16", layout) for layout in ("BNHD", "BHND") for sizes in TEMPORAL_REFERENCE
     ]
+    return temporal + [square("full", *sizes, "bfloat16") for sizes in LONG_REFERENCE]
 
 
 def read(path: Path = SHAPES) -> dict[Shape, dict[str, int]]:

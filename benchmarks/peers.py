@@ -13,8 +13,6 @@ from torch import Tensor
 
 from videoattn.backend import backends
 from videoattn.benchmarks import attention, timing
-from videoattn.benchmarks.find_shapes import Shape
-from videoattn.call import Kind
 
 BEST = "best sdpa"
 
@@ -38,22 +36,6 @@ class Field:
         if name == "sdpa":
             return self.problem.as_diffusers
         return self.problem.planned(next(backend for backend in backends() if backend.name == name))
-
-
-def square(kind: Kind, batch: int, heads: int, tokens: int, head_dim: int, dtype: str, layout: str = "BNHD") -> Shape:
-    """Self-attention without a mask, q, k and v contiguous in the given order."""
-    return Shape(
-        kind=kind,
-        batch=batch,
-        heads=heads,
-        kv_heads=heads,
-        q_len=tokens,
-        kv_len=tokens,
-        head_dim=head_dim,
-        dtype=dtype,
-        layout=layout,
-        kv_valid=tokens,
-    )
 
 
 def line_up(problem: attention.Problem, seconds: float) -> Field:

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from videoattn.benchmarks import attention, peers, results, timing
+from videoattn.benchmarks import attention, find_shapes, peers, results, timing
 
 COPY = "copy"
 SHAPES = {  # rows, heads, frames, head_dim
@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--only {args.only!r}: wanted a part of one of {list(SHAPES)}")
     for case, sizes in chosen.items():
         for layout in LAYOUTS:
-            problem = attention.Problem(peers.square("temporal", *sizes, "float16", layout), torch.device(args.device))
+            problem = attention.Problem(
+                find_shapes.square("temporal", *sizes, "float16", layout), torch.device(args.device)
+            )
             field = peers.line_up(problem, args.seconds / 3)
             ours, best = field.fastest(own=True), field.fastest(own=False)
             compared = {

@@ -31,7 +31,7 @@ def test_a_mask_is_read_with_its_padding():
     assert joint.kv_len - joint.kv_valid == 256 - 60
 
 
-def test_every_family_and_the_temporal_reference_are_there():
+def test_every_family_and_the_reference_rows_are_there():
     shapes = find_shapes.read()
     assert len(shapes) >= 60
     users = {user.split()[0] for used in shapes.values() for user in used}
