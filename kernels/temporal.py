@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.call import Call
-from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
+from videoattn.kernels.tiles import MIN_PART, alignment, load_head, not_finite, parts, store_part
 from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
 
 MAX_TOKENS = 128
@@ -37,7 +37,7 @@ def config(q_len: int, kv_len: int, heads: int, head_dim: int) -> dict[str, int]
     d0, d1 = parts(head_dim)
     tokens = max(qp, kp)
     if d0 <= 32 or tokens >= 64:  # a small second part costs more than it saves
-        d0, d1 = triton.next_power_of_2(head_dim), 0
+        d0, d1 = max(MIN_PART, triton.next_power_of_2(head_dim)), 0
     hb, warps = 1, 1
     if tokens >= 64:  # one head, its products shared by all warps
         warps = 8 if min(qp, kp) == 128 and d0 == 128 else 4
