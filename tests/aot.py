@@ -30,6 +30,7 @@ Y = TypeVar("Y")
 
 WORKERS = 2
 REGISTERS = 255
+HEAD_DIMS = (4, 40, 64, 72, 80, 88, 96, 112, 128, 160, 256)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Compute capability -> shared memory of one block (CUDA C++ Programming Guide, table of technical specifications)."""
 
@@ -107,7 +108,7 @@ def shipped() -> list[Case]:
     return [
         Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
         for capability in SHARED_KIB
-        for head_dim in (40, 64, 72, 80, 88, 96, 112, 128, 160, 256)
+        for head_dim in HEAD_DIMS
         for kernel, tokens in (("flash", 4096), ("temporal", 16), ("temporal", 32))
         if tokens != 32 or head_dim in (40, 64, 80, 160)
     ]
@@ -120,7 +121,7 @@ def everything() -> list[Case]:
         {"capability": capability, "dtype": dtype, "head_dim": head_dim, "lse": lse}
         for capability in SHARED_KIB
         for dtype in ("fp16", "bf16", "fp32")
-        for head_dim in range(16, 257, 8)
+        for head_dim in (4, *range(8, 257, 8))
         for lse in (False, True)
     ]
     dense = [Case(kernel="flash", **size, **form) for size in sizes for form in forms]
@@ -129,7 +130,7 @@ def everything() -> list[Case]:
         for size in sizes
         for tokens in (16, 32, 64, 128)
         for kv_len in (False, True)
-        if tokens <= 64 or size["head_dim"] * (4 if size["dtype"] == "fp32" else 2) <= 256
+        if tokens <= 32 or size["head_dim"] * (4 if size["dtype"] == "fp32" else 2) <= 256
     ]
     return dense + short
 
