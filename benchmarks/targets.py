@@ -58,6 +58,7 @@ class Target:
     at_least: float
     aim: float | str | None = None
     files: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("agg", tuple(AGGREGATES)), ("better", ("higher", "lower"))):
@@ -92,12 +93,12 @@ def read(path: Path) -> list[Target]:
     doubled = [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]
     if doubled:
         raise ValueError(f"{path}: wanted every id once, got {doubled} more often")
-    return [Target(**{**row, "files": tuple(row.get("files", ()))}) for row in rows]
+    return [Target(**row | {name: tuple(row.get(name, ())) for name in ("files", "chosen")}) for row in rows]
 
 
 def standing(target: Target, folder: Path, repository: Path) -> Standing:
     """How ``target`` stands by the tables in ``folder`` and the history of ``repository``."""
-    rows = _newest([row for row in _table(folder / f"{target.csv}.csv") if target.matches(row)])
+    rows = _newest([row for row in _table(folder / f"{target.csv}.csv") if target.matches(row)], target.chosen)
     values = [_value(row, target.metric) for row in rows]
     if not values or any(value is None for value in values):
         return Standing(status="missing", target=target)
@@ -116,10 +117,10 @@ def _table(path: Path) -> list[dict[str, str]]:
     return results.read(path) if path.exists() else []
 
 
-def _newest(rows: list[Row]) -> list[Row]:
+def _newest(rows: list[Row], chosen: tuple[str, ...]) -> list[Row]:
     newest: dict[tuple[str | None, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        newest[tuple(row.get(column) for column in IDENTITY)] = row
+        newest[tuple(row.get(column) for column in IDENTITY if column not in chosen)] = row
     return list(newest.values())
 
 

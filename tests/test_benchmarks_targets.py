@@ -88,6 +88,14 @@ def test_the_newest_of_alike_rows_counts(repository):
     assert (stand(repository).status, stand(repository).figure) == ("short", 1.0)
 
 
+def test_what_a_run_chose_makes_no_other_row(repository):
+    append(repository, [{"kernel": "theirs", "case": "x", "ratio": 2.0}], date="2030-01-01T00:00:00Z")
+    append(repository, [{"kernel": "ours", "case": "x", "ratio": 3.0}])
+    bar = {"where": {}, "agg": "min"}
+    assert stand(repository, **bar).figure == 2.0
+    assert stand(repository, **bar, chosen=("kernel",)).figure == 3.0
+
+
 def test_several_rows_become_one_figure(repository):
     rows = [{"kernel": "ours", "case": str(ratio), "ratio": ratio} for ratio in (1.0, 2.0, 4.0)]
     append(repository, rows)
