@@ -24,9 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videoattn.call import Call
+from videoattn.call import Call, Mask
 from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
-from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import (
+    Launch,
+    TritonBackend,
+    aligned,
+    on_device_of,
+    precision,
+    scale_log2,
+    unit_stride,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -199,25 +207,32 @@ def _forward(
 @functools.lru_cache(maxsize=1024)
 def _plan(
     shape: torch.Size,
+    kv_len: int,
+    kv_heads: int,
     strides: tuple[int, ...],
+    mask_strides: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
-    masked: bool,
-) -> tuple[tuple[int], dict[str, object]]:
-    """The grid and the constants of a launch, looked up instead of worked out at every call."""
+    mask: Mask,
+    causal: bool,
+) -> Launch:
+    """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
     b, nq, h, d = shape
-    settings = config(d, dtype.itemsize, _capability(device), masked)
+    settings = config(d, dtype.itemsize, _capability(device), mask != "none")
     d0, d1 = parts(d)
     constants = {
         "D": d,
         "D0": d0,
         "D1": d1,
+        "ADDITIVE": mask == "additive",
+        "CAUSAL": causal,
         "ALIGN": alignment(*strides) if aligned else 1,
         "PRECISION": precision(dtype),
         **settings,
     }
-    return (-(-nq // settings["M"]) * b * h,), constants
+    numbers = (nq, kv_len, h, h // kv_heads, *strides, *mask_strides)
+    return Launch(-(-nq // settings["M"]) * b * h, numbers, constants)
 
 
 @functools.cache
@@ -262,21 +277,15 @@ def attend(
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    mask_strides, additive = (0, 0, 0, 0), False
+    mask_strides, kind = (0, 0, 0, 0), "none"
     if mask is not None:
+        kind = "bool" if mask.dtype == torch.bool else "additive"
         mask = mask.expand(b, h, nq, nk)
-        mask_strides, additive = mask.stride(), mask.dtype != torch.bool
-        mask = mask if additive else mask.view(torch.int8)
-    grid, constants = _plan(shape, strides, q.dtype, q.device, aligned(q, k, v), mask is not None)
+        mask_strides = mask.stride()
+        mask = mask.view(torch.int8) if kind == "bool" else mask
+    launch = _plan(shape, nk, h_kv, strides, mask_strides, q.dtype, q.device, aligned(q, k, v), kind, causal)
     with on_device_of(q):
-        _forward[grid](
-            q, k, v, out, lse, mask, kv_len, flag,
-            scale_log2(scale, d),
-            nq, nk, h, h // h_kv,
-            *strides, *mask_strides,
-            ADDITIVE=additive, CAUSAL=causal,
-            **constants,
-        )  # fmt: skip
+        launch(_forward, (q, k, v, out, lse, mask, kv_len, flag), scale_log2(scale, d))
     return out, lse
 
 

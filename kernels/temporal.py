@@ -26,7 +26,15 @@ from torch import Tensor
 
 from videoattn.call import Call
 from videoattn.kernels.tiles import MIN_PART, alignment, load_head, not_finite, parts, store_part
-from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import (
+    Launch,
+    TritonBackend,
+    aligned,
+    on_device_of,
+    precision,
+    scale_log2,
+    unit_stride,
+)
 
 MAX_TOKENS = 128
 
@@ -150,9 +158,15 @@ def _forward(
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    shape: torch.Size, kv_len: int, kv_heads: int, strides: tuple[int, ...], dtype: torch.dtype, aligned: bool
-) -> tuple[tuple[int], dict[str, object]]:
-    """The grid and the constants of a launch, looked up instead of worked out at every call."""
+    shape: torch.Size,
+    kv_len: int,
+    kv_heads: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch:
+    """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
     *rows, q_len, heads, head_dim = shape
     settings = config(q_len, kv_len, heads, head_dim)
     extent = max(q_len, kv_len) * max(strides[2::4]) + heads * max(strides[3::4])
@@ -164,7 +178,8 @@ def _plan(
         "PRECISION": precision(dtype),
         **settings,
     }
-    return (math.prod(rows) * heads // settings["HB"],), constants
+    numbers = (1 if len(rows) == 1 else rows[1], heads, q_len, kv_len, *strides)
+    return Launch(math.prod(rows) * heads // settings["HB"], numbers, constants)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -204,15 +219,9 @@ def attend(
     out = torch.empty(shape, dtype=q.dtype, device=q.device) if four else torch.empty_like(q)
     lse = torch.empty((*rows, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(out))
-    grid, constants = _plan(shape, nk, h_kv, strides, q.dtype, aligned(q, k, v))
+    launch = _plan(shape, nk, h_kv, strides, q.dtype, q.device, aligned(q, k, v))
     with on_device_of(q):
-        _forward[grid](
-            q, k, v, out, lse, kv_len, flag,
-            scale_log2(scale, d),
-            1 if four else rows[1], h, nq, nk,
-            *strides,
-            **constants,
-        )  # fmt: skip
+        launch(_forward, (q, k, v, out, lse, kv_len, flag), scale_log2(scale, d))
     return out, lse
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from videoattn.backend import Run
 from videoattn.call import Call
 from videoattn.policy import EXACT, Decision
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 LOG2_E = math.log2(math.e)
 TUNED_WITH = "3.6.0"  # the Triton that the tile sizes, warps and stages of our kernels were measured with
@@ -82,6 +85,46 @@ class TritonBackend:
             return run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, kv_len, scale).transpose(1, 2)
 
         return transposed
+
+
+class Launch:
+    """Launches of a kernel whose numbers and constants are the same each time: one shape, one set of strides.
+
+    Triton finds the compiled kernel by reading type, value and alignment of every argument at every launch, which takes the
+    host longer than all the rest of a call. What it found is kept here, by what may still differ: which tensors are given,
+    their types, where they lie, and whether they begin at multiples of 16 bytes. From then on the kernel gets addresses.
+
+    Args:
+        programs: how many the kernel has.
+        numbers: its run-time integers, in the order of its parameters.
+        constants: its constants and options, by name.
+    """
+
+    def __init__(self, programs: int, numbers: tuple[int, ...], constants: dict[str, object]) -> None:
+        self.grid = (programs, 1, 1)
+        self.numbers = numbers
+        self.constants = constants
+        self._found: dict[tuple, tuple[Callable[..., None], tuple]] = {}
+
+    def __call__(self, kernel: JITFunction, tensors: tuple[Tensor | None, ...], scale: float) -> None:
+        """Run `kernel`, whose parameters are tensors, a scale, the numbers and the constants, on the current device."""
+        addresses = [x if x is None else x.data_ptr() for x in tensors]
+        key = (
+            id(kernel),
+            *[
+                x if x is None else (x.dtype, x.is_cuda, not address & 15)
+                for x, address in zip(tensors, addresses, strict=True)
+            ],
+        )
+        found = self._found.get(key)
+        if found is not None:
+            launch, numbers_and_constants = found
+            launch(*addresses, scale, *numbers_and_constants)
+            return
+        compiled = kernel[self.grid](*tensors, scale, *self.numbers, **self.constants)
+        if compiled is not None:  # as it is in the interpreter
+            constants = (self.constants[name] for name in kernel.arg_names if name in self.constants)
+            self._found[key] = compiled[self.grid], (*self.numbers, *constants)
 
 
 def scale_log2(scale: float | None, head_dim: int) -> float:

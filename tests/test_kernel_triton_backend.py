@@ -11,7 +11,7 @@ from test_kernel_sdpa import call
 
 from videoattn.backend import backends
 from videoattn.kernels import flash
-from videoattn.kernels.triton_backend import TritonBackend, aligned, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import Launch, TritonBackend, aligned, precision, scale_log2, unit_stride
 from videoattn.policy import EXACT, Dense, Sparse
 from videoattn.testing import assert_close_to_oracle, make_qkv
 
@@ -131,3 +131,53 @@ def test_a_copy_only_where_elements_do_not_lie_side_by_side():
         assert unit_stride(same) is same
     copy = unit_stride(x.transpose(2, 3))
     assert copy.is_contiguous() and torch.equal(copy, x.transpose(2, 3))
+
+
+class Compiled:
+    """Stands for a compiled kernel: keeps what it is launched with."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append((grid, args))
+
+
+class Kernel:
+    """Stands for a kernel that Triton compiles: one for each call that comes past here."""
+
+    arg_names = ("x", "mask", "scale", "n", "D", "ALIGN")
+
+    def __init__(self):
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        def launch(x, mask, scale, n, *, D, ALIGN, num_warps):
+            assert (grid, scale, n, D, ALIGN, num_warps) == ((3, 1, 1), 0.5, 7, 64, 8, 4)
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return launch
+
+
+def test_a_launch_looks_its_kernel_up_once():
+    kernel, x = Kernel(), torch.zeros(64)
+    launch = Launch(3, (7,), {"ALIGN": 8, "D": 64, "num_warps": 4})
+    for _ in range(3):
+        launch(kernel, (x, None), 0.5)
+    (compiled,) = kernel.compiled
+    assert compiled.launches == 2 * [((3, 1, 1), (x.data_ptr(), None, 0.5, 7, 64, 8))]
+    again = torch.ones(64)
+    launch(kernel, (again, None), 0.25)
+    assert compiled.launches[-1][1][:3] == (again.data_ptr(), None, 0.25)
+
+
+def test_a_launch_looks_again_for_what_makes_another_kernel():
+    kernel, x = Kernel(), torch.zeros(64)
+    launch = Launch(3, (7,), {"ALIGN": 8, "D": 64, "num_warps": 4})
+    tensors = [(x, None), (x, x), (x[1:], None), (x.half(), None), (x, x.bool())]
+    for given in 2 * tensors:
+        launch(kernel, given, 0.5)
+    assert [len(compiled.launches) for compiled in kernel.compiled] == [1] * len(tensors)
+    launch(Kernel(), (x, None), 0.5)
+    assert len(kernel.compiled) == len(tensors)
