@@ -1,0 +1,18 @@
+"""What a generation costs, operator by operator.
+
+    profile.py     the result: what was measured, as frozen facts; written and read as JSON
+    categories.py  what an operator counts as: closed lists, and the stages that count as a whole
+    scopes.py      which module of the pipeline is running: hooks, and what listens to them
+    trace.py       an exported trace of torch.profiler -> the time of each module and operator
+    counts.py      FLOPs, bytes and attention shapes: a pass of its own, also on fake tensors
+    memory.py      what is allocated when, and what is alive at the peak
+    ceilings.py    what the machine can do: its matrix products and copies, measured
+    io_model.py    the bytes that attention must move, and those that a tiling moves
+    recorder.py    the passes over a pipeline, in order -> Profile
+    summary.py     shares, roofline, Amdahl: everything that follows from a Profile
+    compare.py     before and after, with quality
+    plan.py        the same figures of a model's config alone
+    text.py, markdown.py, html.py, perfetto.py   forms
+
+Data goes one way, from the top of this list to its end.
+"""
