@@ -126,13 +126,13 @@ _LISTS: dict[str, str] = {
 _OF_OP: dict[str, str] = {op: operator for operator, ops in _LISTS.items() for op in ops.split()}
 
 _KERNELS = (  # kernels that no operator surrounds, in a compiled region: (pattern of the name, operator)
-    (re.compile(r"flash|fmha|sdpa|attention|mha", re.I), ATTENTION),
-    (re.compile(r"conv|fprop|implicit|winograd", re.I), "convolution"),
-    (re.compile(r"gemm|cutlass|nvjet|cublas|splitK|_mm_|bmm", re.I), "linear"),
-    (re.compile(r"^triton_|^graph_\d+_cpp|^cpp_fused", re.I), "fused"),
-    (re.compile(r"norm", re.I), "normalisation"),
-    (re.compile(r"copy|cat|memcpy|memset|transpose|nchw|nhwc", re.I), "layout"),
-    (re.compile(r"elementwise|reduce|softmax|vectorized", re.I), "elementwise"),
+    (re.compile(r"flash|fmha|sdpa|attention|mha", re.IGNORECASE), ATTENTION),
+    (re.compile(r"conv|fprop|implicit|winograd", re.IGNORECASE), "convolution"),
+    (re.compile(r"gemm|cutlass|nvjet|cublas|splitK|_mm_|bmm", re.IGNORECASE), "linear"),
+    (re.compile(r"^triton_|^graph_\d+_cpp|^cpp_fused", re.IGNORECASE), "fused"),
+    (re.compile(r"norm", re.IGNORECASE), "normalisation"),
+    (re.compile(r"copy|cat|memcpy|memset|transpose|nchw|nhwc", re.IGNORECASE), "layout"),
+    (re.compile(r"elementwise|reduce|softmax|vectorized", re.IGNORECASE), "elementwise"),
 )
 
 CONVOLUTION, LINEAR, NORMALISATION = "convolution", "linear", "normalisation"

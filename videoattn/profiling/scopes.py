@@ -80,7 +80,7 @@ class Scopes:
         self._pipe = pipe
         self._undo: list[Callable[[], None]] = []
 
-    def __enter__(self) -> Scopes:
+    def __enter__(self) -> None:
         try:
             for name, method, stage in _METHODS:
                 owner = self._components.get(name) if name else self._pipe
@@ -92,7 +92,6 @@ class Scopes:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *error: object) -> None:
         for undo in reversed(self._undo):
