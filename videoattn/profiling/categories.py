@@ -162,14 +162,21 @@ def operator_of(op: str, role: str, kind: str) -> str:
     """
     if op in SDPA or op == "videoattn::attend" or (role == ATTENTION and op in _UNFUSED):
         return kind or ATTENTION
-    operator = _OF_OP.get(op, "other")
+    operator = _OF_OP.get(op) or (operator_of_kernel(op) if _foreign(op) else "other")
+    if operator == ATTENTION:
+        return kind or ATTENTION
     if role == NORMALISATION and operator in ("elementwise", "layout", "other"):
         return NORMALISATION  # a norm written out in small operators
     return operator
 
 
+def _foreign(op: str) -> bool:
+    """Whether an operator is another library's, or a kernel of a compiler: its name is all that is known of it."""
+    return "::" in op or op.startswith("triton_")
+
+
 def operator_of_kernel(name: str) -> str:
-    """What a GPU kernel counts as that no operator surrounds."""
+    """What a GPU kernel counts as that no operator surrounds, or an operator of another library."""
     return next((operator for pattern, operator in _KERNELS if pattern.search(name)), "other")
 
 

@@ -253,6 +253,17 @@ class Profile:
     def read(cls, path: Path) -> Profile:
         return cls.from_json(path.read_text())
 
+    def save(self, folder: Path | str) -> None:
+        """Write report.html, report.json, report.md and trace.json.gz into a folder, which is made if need be."""
+        from videoattn.profiling.folder import write
+
+        write(self, Path(folder))
+
+    def __str__(self) -> str:
+        from videoattn.profiling.text import table
+
+        return table(self)
+
 
 def _plain(value: Any) -> Any:
     """For json: dataclasses as mappings, times with the digits that mean something."""

@@ -7,6 +7,7 @@ entered around its compiled call.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,7 @@ _METHODS = (  # (component or "" for the pipeline, method, stage)
 )
 # These only pass on: what they run shows in the module around them.
 _UNSCOPED = (nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.GELU, nn.ReLU, nn.Tanh, nn.Sigmoid)
+_WRAPPER = re.compile(r"\._orig_mod(?=\.|$)")  # torch.compile's, in a path
 _CONVOLUTIONS = tuple(getattr(nn, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3))
 
 
@@ -71,13 +73,18 @@ class Scopes:
         components: name -> part of the pipeline; those that are modules are hooked, and the methods above are wrapped.
         listener: is told.
         pipe: the pipeline itself, for its own methods; None without one.
+        into_compiled: hook inside compiled modules too; only where they run eagerly, as under
+            `torch.compiler.set_stance("force_eager")`.
     """
 
-    def __init__(self, components: dict[str, object], listener: Listener, pipe: object = None) -> None:
+    def __init__(
+        self, components: dict[str, object], listener: Listener, pipe: object = None, *, into_compiled: bool = False
+    ) -> None:
         self.compiled: list[str] = []  # modules that are one scope each because they are compiled
         self._components = components
         self._listener = listener
         self._pipe = pipe
+        self._into_compiled = into_compiled
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
@@ -102,15 +109,16 @@ class Scopes:
         kinds = dict(_attention_kinds(component, model))
         compiled: list[str] = []
         for path, module, kind in _walk(model, kinds):
-            if any(path == inside or path.startswith(inside and f"{inside}.") for inside in compiled):
+            if any(path == around or path.startswith(f"{around}." if around else "") for around in compiled):
                 continue
-            name = f"{component}.{path}" if path else component
-            if _is_compiled(module):
+            name = _WRAPPER.sub("", f"{component}.{path}" if path else component)
+            stage = _stage(component, path)
+            if _is_compiled(module) and not self._into_compiled:
                 compiled.append(path)
                 self.compiled.append(name)
-                self._wrap_compiled(module, Scope(component, name, COMPILED, kind))
-            elif not isinstance(module, _UNSCOPED):
-                self._hook_module(module, Scope(component, name, _role(module, path, kinds), kind))
+                self._wrap_compiled(module, Scope(stage, name, COMPILED, kind))
+            elif not isinstance(module, _UNSCOPED) and not hasattr(module, "_orig_mod"):
+                self._hook_module(module, Scope(stage, name, _role(module, path, kinds), kind))
 
     def _hook_module(self, module: nn.Module, scope: Scope) -> None:
         enter, leave = self._listener.enter, self._listener.leave
@@ -198,6 +206,13 @@ def _projects(module: nn.Module) -> bool:
         {*names} <= module._modules.keys()
         for names in (("q_proj", "k_proj", "v_proj"), ("q", "k", "v", "o"), ("to_q", "to_k", "to_v"), ("query", "key"))
     )
+
+
+def _stage(component: str, path: str) -> str:
+    """A VAE's parts are those of its encoder or of its decoder."""
+    if component not in ("vae", "audio_vae"):
+        return component
+    return f"{component}.{'encode' if path.startswith(('encoder', 'quant_conv')) else 'decode'}"
 
 
 def _role(module: nn.Module, path: str, kinds: dict[str, str]) -> str:
