@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +31,7 @@ from videoattn.profiling.assemble import assemble
 from videoattn.profiling.counts import Counts
 from videoattn.profiling.profile import Memory, Profile
 from videoattn.profiling.scopes import ROOT, Listener, Scopes, denoisers, original
-from videoattn.profiling.trace import Ranges, Recorded
+from videoattn.profiling.trace import Ranges, Recorded, exported
 
 PASSES = ("warm-up", "clean", "recorded", "counted", "memory")
 Progress = Callable[[str], None]
@@ -76,7 +73,7 @@ def record(
     """
     generation = Generation(pipe, arguments)
     done = Passed()
-    with _quiet(pipe):
+    with quiet(pipe):
         for name in PASSES:
             if progress is not None:
                 progress(name)
@@ -132,8 +129,7 @@ class Generation:
 
     def run(self) -> tuple[float, object]:
         """Milliseconds of wall time, and the output."""
-        for generator, state in zip(_listed(self._generators), self._states, strict=True):
-            generator.set_state(state)
+        self.rewind()
         devices = [self.device] if self.on_gpu else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -142,6 +138,11 @@ class Generation:
             output = self.pipe(**self.arguments)
             self.wait()
             return (time.perf_counter() - started) * 1e3, output
+
+    def rewind(self) -> None:
+        """Put the generators back to where they were."""
+        for generator, state in zip(_listed(self._generators), self._states, strict=True):
+            generator.set_state(state)
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -210,7 +211,7 @@ def _recorded(generation: Generation, done: Passed, runs: int | None) -> None:
         done.recorded_ms, done.same = wall, _difference(done.output, output)
     finally:
         done.recorded_ms = done.recorded_ms or (time.perf_counter() - started) * 1e3
-        done.chrome = _exported(profiler)
+        done.chrome = exported(profiler)
         done.recorded = trace.read(done.chrome, ranges.known, device=generation.on_gpu)
 
 
@@ -234,7 +235,7 @@ def _memory(generation: Generation, done: Passed, runs: int | None) -> None:
         with profiler, scopes, _root(ranges):
             generation.run()
     finally:
-        done.memory = memory.read(_exported(profiler), ranges.known, weights, ranges.addresses, generation.device)
+        done.memory = memory.read(exported(profiler), ranges.known, weights, ranges.addresses, generation.device)
 
 
 _RUN = {"warm-up": _warm, "clean": _clean, "recorded": _recorded, "counted": _counted, "memory": _memory}
@@ -320,7 +321,7 @@ def _watched(watcher: runner.Watcher) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(pipe: object) -> Iterator[None]:
+def quiet(pipe: object) -> Iterator[None]:
     """Without the pipeline's own progress bar."""
     before = vars(pipe).get("_progress_bar_config")
     pipe._progress_bar_config = {**(before or {}), "disable": True}
@@ -331,10 +332,3 @@ def _quiet(pipe: object) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe._progress_bar_config = before
-
-
-def _exported(profiler: torch.profiler.profile) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())

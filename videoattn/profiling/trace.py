@@ -15,9 +15,12 @@ Times in the trace are microseconds; everything that leaves this file is in mill
 from __future__ import annotations
 
 import bisect
+import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -188,6 +191,14 @@ def read(trace: Mapping, known: Mapping[str, Scope], *, device: bool) -> Recorde
     )
 
 
+def exported(profiler: torch.profiler.profile) -> dict:
+    """The trace of a profile that has ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())
+
+
 def spans(events: list[Mapping], known: Mapping[str, Scope]) -> dict[tuple, list[Span]]:
     """Thread -> its host events in the order of their begin, each with its place."""
     by_thread: dict[tuple, list[tuple[float, float, str, str]]] = defaultdict(list)
@@ -289,6 +300,7 @@ def _spend_device(events, threads, spent, instances, idle, root) -> tuple[float,
     }
     starts = {thread: [span.start for span in found] for thread, found in threads.items()}
     kernels = sorted((event for event in events if event.get("cat") in _DEVICE), key=lambda event: event["ts"])
+    of_runs: dict[int, Instance] = {}
     busy = astray = durations = 0.0
     last, seen = root.start, 0
     for event in kernels:
@@ -298,7 +310,7 @@ def _spend_device(events, threads, spent, instances, idle, root) -> tuple[float,
             thread = launch["pid"], launch["tid"]
             span = innermost(threads.get(thread, []), starts.get(thread, []), launch["ts"])
         start, end = event["ts"], event["ts"] + event["dur"]
-        if span is None and not root.start <= start <= root.end:
+        if not root.start <= start <= root.end:
             continue  # before or after the run
         seen += 1
         durations += event["dur"]
@@ -310,12 +322,14 @@ def _spend_device(events, threads, spent, instances, idle, root) -> tuple[float,
             astray += own
         scope = ROOT if span is None else span.scope
         idle[scope.stage, scope.module] += gap / 1e3
-        _spend_kernel(event, span, scope, own / 1e3, spent, instances)
+        _spend_kernel(event, span, scope, own / 1e3, spent, instances, of_runs)
     idle[ROOT.stage, ROOT.module] += max(0.0, root.end - last) / 1e3
     return busy, astray, durations - busy, seen
 
 
-def _spend_kernel(event: Mapping, span: Span | None, scope: Scope, ms: float, spent: dict, instances: dict) -> None:
+def _spend_kernel(
+    event: Mapping, span: Span | None, scope: Scope, ms: float, spent: dict, instances: dict, of_runs: dict
+) -> None:
     op = "" if span is None else span.op
     name = op or _short(event["name"])
     if event["cat"] == "gpu_memcpy" and ("HtoD" in event["name"] or "DtoH" in event["name"]):
@@ -328,27 +342,18 @@ def _spend_kernel(event: Mapping, span: Span | None, scope: Scope, ms: float, sp
         operator = "layout"
     else:
         operator = operator_of_kernel(event["name"])
-    if operator in ATTENTIONS:
-        instance = span.instance if span is not None else None
-        if instance is None:
-            instance = _instance_of_scope(span, scope, event["ts"])
-        instances.setdefault(id(instance), instance)
-        instance.ms += ms
-        instance.ops[name] += ms
-    else:
+    if operator not in ATTENTIONS:
         spent[scope.stage, scope.module, operator].add(name, ms)
-
-
-def _instance_of_scope(span: Span | None, scope: Scope, time: float) -> Instance:
-    """The call that a kernel without operator or range belongs to: one for each run of its module."""
-    around = span
-    while around is not None and not around.name.startswith(RANGE):
-        around = around.parent
-    if around is None:
-        return Instance(scope, time)
-    if around.instance is None:
-        around.instance = Instance(scope, around.start)
-    return around.instance
+        return
+    instance = None if span is None else span.instance
+    if instance is None:  # neither an operator nor a range tells the call: one for each run of the module
+        run = span
+        while run is not None and not run.name.startswith(RANGE):
+            run = run.parent
+        instance = of_runs.setdefault(id(run), Instance(scope, event["ts"] if run is None else run.start))
+    instances.setdefault(id(instance), instance)
+    instance.ms += ms
+    instance.ops[name] += ms
 
 
 def _short(kernel: str) -> str:
