@@ -192,6 +192,17 @@ class Comparison:
     def read(cls, path: Path) -> Comparison:
         return cls.from_json(path.read_text())
 
+    def save(self, folder: Path | str) -> None:
+        """Write report.html, report.json, report.md and both traces into a folder, which is made if need be."""
+        from videoattn.profiling.folder import write
+
+        write(self, Path(folder))
+
+    def __str__(self) -> str:
+        from videoattn.profiling import text
+
+        return text.comparison(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:

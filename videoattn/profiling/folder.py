@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
-from videoattn.profiling import html, markdown
+from videoattn.profiling import comparison, html, markdown
+from videoattn.profiling.comparison import Comparison
 from videoattn.profiling.profile import Profile
 
 HTML, JSON, MARKDOWN, TRACE = "report.html", "report.json", "report.md", "trace.json.gz"
+BASE_TRACE, PATCHED_TRACE = "trace_base.json.gz", "trace_patched.json.gz"
 
 
 def require_writable(folder: Path) -> None:
@@ -19,15 +22,34 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"out: wanted a folder that can be written, got {folder}: {os.strerror(error.errno)}") from error
+        raise ValueError(
+            f"out: wanted a folder that can be written, got {folder}: {os.strerror(error.errno)}"
+        ) from error
 
 
-def write(profile: Profile, folder: Path) -> list[Path]:
-    """Write every form of a profile; returns the files."""
+def write(report: Profile | Comparison, folder: Path) -> list[Path]:
+    """Write every form of a report; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {HTML: html.render(profile), JSON: profile.to_json() + "\n", MARKDOWN: markdown.summary(profile)}
-    for name, text in texts.items():
+    if isinstance(report, Comparison):
+        pages = html.render_comparison(report), markdown.comparison(report)
+        traces = {BASE_TRACE: report.base.trace, PATCHED_TRACE: report.patched.trace}
+    else:
+        pages = html.render(report), markdown.summary(report)
+        traces = {TRACE: report.trace}
+    files = {HTML: pages[0], JSON: report.to_json() + "\n", MARKDOWN: pages[1]}
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if profile.trace:
-        (folder / TRACE).write_bytes(profile.trace)
-    return [folder / name for name in (*texts, *([TRACE] if profile.trace else []))]
+    kept = {name: trace for name, trace in traces.items() if trace}
+    for name, trace in kept.items():
+        (folder / name).write_bytes(trace)
+    return [folder / name for name in (*files, *kept)]
+
+
+def read(file: Path) -> Profile | Comparison:
+    """A report from its JSON. Raises ValueError where it is none of a schema that is known."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        schema = json.loads(text).get("schema")
+    except (AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: wanted the JSON of a report, got {error}") from error
+    return Comparison.from_json(text) if schema == comparison.SCHEMA else Profile.from_json(text)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from videoattn.profiling import summary as derived
 from videoattn.profiling.categories import label
-from videoattn.profiling.comparison import Comparison, categories, decibel, medians, verdict
+from videoattn.profiling.comparison import Comparison, Quality, categories, decibel, medians, verdict
 from videoattn.profiling.profile import Profile
 from videoattn.profiling.text import bar, factor, facts, kind_lines, lengths, of_roof, seconds, size, some
 
@@ -28,13 +28,15 @@ def summary(profile: Profile) -> str:
         "",
         f"**{escape(seconds(profile))}** on {escape(profile.device)}. {_first(profile)}",
         "",
-        *_categories(profile),
-        "",
-        f"- attention: {attention:.1%} of the time, {len(profile.calls):,} calls" + _tail(kind_lines(profile)),
-        f"- if attention were free, this run would be {derived.without_attention(profile):.2f}x faster",
-        f"- {_environment(profile.environment)}",
-        *_broken(profile),
     ]
+    if profile.rows:
+        seen += [
+            *_categories(profile),
+            "",
+            f"- attention: {attention:.1%} of the time, {len(profile.calls):,} calls" + _tail(kind_lines(profile)),
+            f"- if attention were free, this run would be {derived.without_attention(profile):.2f}x faster",
+        ]
+    seen += [f"- {_environment(profile.environment)}", *_broken(profile)]
     return "\n".join([*seen, "", *_folded(profile)]) + "\n"
 
 
@@ -73,10 +75,6 @@ def comparison(compared: Comparison) -> str:
         *_broken(compared.base, "base, "),
         *_broken(compared.patched, "patched, "),
     ]
-    curve = [
-        (str(index), decibel(psnr), "" if index else decibel(compared.quality.psnr_worst))
-        for index, psnr in enumerate(compared.quality.psnr_frames)
-    ]
     folded = _details(
         "everything else",
         [
@@ -85,7 +83,7 @@ def comparison(compared: Comparison) -> str:
             "",
             *(_table(head, align, rows[ROWS:]) if rows[ROWS:] else ()),
             "",
-            *_table(("frame", "PSNR to base", "worst"), "rrr", curve),
+            *_curve(compared.quality),
             "",
             *_latents(compared.latents),
             "",
@@ -203,6 +201,17 @@ def _change_of_memory(compared: Comparison) -> str:
         return "memory: not measured"
     change = after.peak_bytes / before.peak_bytes - 1 if before.peak_bytes else 0.0
     return f"peak memory {size(before.peak_bytes)} -> {size(after.peak_bytes)} ({change:+.1%})"
+
+
+def _curve(quality: Quality) -> list[str]:
+    """PSNR of each frame; a frame that is identical fills its bar."""
+    finite = [psnr for psnr in quality.psnr_frames if psnr is not None]
+    top = max(finite, default=1.0)
+    rows = [
+        (str(index), decibel(psnr), f"`{bar(1.0 if psnr is None else psnr / top)}`")
+        for index, psnr in enumerate(quality.psnr_frames)
+    ]
+    return _table(("frame", "PSNR to base", ""), "rrl", rows)
 
 
 def _latents(latents: Sequence[float]) -> list[str]:

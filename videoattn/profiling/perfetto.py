@@ -33,11 +33,9 @@ def annotate(trace: Mapping[str, Any], profile: Profile, tracks: Mapping[str, Tr
     Raises:
         ValueError: no "traceEvents", or a value that is not finite.
     """
-    events = trace.get("traceEvents")
-    if not isinstance(events, Sequence):
-        raise ValueError(
-            f"trace: wanted a mapping with the list traceEvents, got the keys {', '.join(trace) or 'none'}"
-        )
+    if "traceEvents" not in trace:
+        raise ValueError(f"trace: wanted a mapping with traceEvents, got the keys {', '.join(trace) or 'none'}")
+    events = trace["traceEvents"]
     kinds = {call.site: call.kind for call in profile.calls if call.kind}
     named = [_named(event, kinds) for event in events]
     pid = _process(events)

@@ -26,13 +26,15 @@ def table(profile: Profile, *, colour: bool = False) -> str:
     Args:
         colour: with the escape codes of a terminal.
     """
-    parts: list[RenderableType] = [heading(profile.title), _ran(profile), _categories(profile)]
+    parts: list[RenderableType] = [heading(profile.title), _ran(profile)]
+    if profile.rows:
+        parts.append(_categories(profile))
     if profile.calls:
         parts.append(_shapes(profile))
     if summary.kinds(profile):
         parts.append(_kinds(profile))
     if profile.memory is not None:
-        parts.append(_memory(profile.memory))
+        parts += [Text(_peak(profile.memory)), _alive(profile.memory)]
     parts += _warnings(profile)
     parts.append(Text(summary.advice(profile), style="bold"))
     return _printed(parts, colour)
@@ -231,12 +233,15 @@ def lengths(found: Sequence[int]) -> str:
     return ", ".join(map(str, found)) if len(found) <= 4 else f"{len(found)} of {found[0]} to {found[-1]}"
 
 
-def _memory(memory: Memory) -> Table:
-    title = (
+def _peak(memory: Memory) -> str:
+    return (
         f"memory: peak {size(memory.peak_bytes)} at {memory.peak_ms:,.0f} ms in {memory.peak_module or 'no module'}, "
         f"weights {size(memory.weights_bytes)}"
     )
-    found = Table("alive at the peak", "what", title=title, title_justify="left")
+
+
+def _alive(memory: Memory) -> Table:
+    found = Table("alive at the peak", "what")
     found.add_column("size", justify="right", no_wrap=True)
     for alive in memory.alive[:ALIVE]:
         found.add_row(alive.module, alive.what, size(alive.bytes))
