@@ -16,7 +16,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,18 @@ import torch
 from torch import Tensor
 
 from videoattn import api, quality
-from videoattn.benchmarks import timing
 from videoattn.policy import Policy
-from videoattn.profiling import folder, frames, recorder
-from videoattn.profiling.comparison import Comparison, Control, Quality, Timing
+from videoattn.profiling import alternating, folder, frames, recorder
+from videoattn.profiling.alternating import State
+from videoattn.profiling.categories import ATTENTION
+from videoattn.profiling.comparison import Comparison, Control, Quality
 from videoattn.profiling.profile import Profile
 from videoattn.profiling.recorder import Generation, Progress
-from videoattn.profiling.scopes import Scope, Scopes, original
+from videoattn.profiling.scopes import COMPILED, Scope, Scopes, original
 from videoattn.session import Session, session_of
 
 DEFAULT = "balanced"
 _OURS = ("callback_on_step_end", "return_dict")
-
-State = Callable[[], AbstractContextManager[object]]
-"""A context in which the pipeline is patched; outside of it, it is not."""
 
 
 def compare(
@@ -197,11 +194,16 @@ def _generation(pipe: object, arguments: Mapping[str, Any]) -> Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class _First:
-    """What the first generation of each showed."""
+    """What an untimed generation showed. calls: of the denoisers. layers: of attention or compiled, that ran in them."""
 
     ms: float
     frames: np.ndarray
     calls: int
+    layers: int
+
+    def network_calls(self, base: _First) -> float:
+        """Calls of the whole network, those of which `base` makes."""
+        return base.calls * self.layers / base.layers if base.layers else self.calls
 
 
 def _between(
@@ -220,9 +222,9 @@ def _between(
             fast = _first(generation, lambda x: distances.append(_relative(x, latents, len(distances))))
         planned = (planning() - before) * 1e3
 
-        timed = _timed(generation, patched, options)
-        measured = _timing(timed, base.ms, fast.ms, planned)
-        reference, video = timed.videos["base"], timed.videos["patched"]
+        times = alternating.timed(generation, patched, options.rounds, tell)
+        measured = alternating.shown(times, first_base_ms=base.ms, first_patched_ms=fast.ms, planning_ms=planned)
+        reference, video = times.base, times.patched
         if not np.array_equal(base.frames, reference, equal_nan=True):
             apart = quality.compare_videos(frames.sound(base.frames), frames.sound(reference))
             notes.append(f"base does not repeat itself: two of its runs are apart, {apart}")
@@ -233,7 +235,7 @@ def _between(
         with patched():
             profiles.append(_profile(generation, "patched", options, notes))
         tell("control")
-        controlled = _control(generation, options, base.calls, fast.calls, reference)
+        controlled = _control(generation, options, base, fast.network_calls(base), reference)
         tell("floor")  # last: where the model is compiled, other kernels are other graphs
         floor, why = _floor(generation)
         notes += [f"noise floor not computed: {why}"] if why else []
@@ -244,8 +246,8 @@ def _between(
         base=replace(profiles[0], clean_ms=measured.base_ms, frames=()),
         patched=replace(profiles[1], clean_ms=measured.patched_ms, frames=()),
         timing=measured,
-        base_calls=base.calls,
-        patched_calls=fast.calls,
+        base_calls=base.network_calls(base),
+        patched_calls=fast.network_calls(base),
         quality=Quality.of(quality.compare_videos(video, reference)),
         floor=floor,
         latents=tuple(distances) if len(distances) == len(latents) and np.isfinite(distances).all() else (),
@@ -270,72 +272,22 @@ def _first(generation: Generation, look: Callable[[Tensor], None]) -> _First:
     calls = _Calls(generation)
     with _changed(generation, more), Scopes(generation.components, calls, generation.pipe):
         ms, output = generation.run()
-    return _First(ms=ms, frames=frames.of(output), calls=calls.count)
+    return _First(ms=ms, frames=frames.of(output), calls=calls.count, layers=calls.layers)
 
 
 class _Calls:
-    """A listener that counts the calls of the denoisers."""
+    """A listener that counts the calls of the denoisers, and the layers in them that ran: a cache skips layers."""
 
     def __init__(self, generation: Generation) -> None:
-        self.count = 0
+        self.count = self.layers = 0
         self._names = generation.denoisers.keys()
 
     def enter(self, scope: Scope) -> None:
         self.count += scope.module in self._names
+        self.layers += scope.stage in self._names and scope.role in (ATTENTION, COMPILED)
 
     def leave(self, scope: Scope) -> None:
         pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Timed:
-    """ms: name -> both runs of each round. videos: of the last run of each."""
-
-    ms: Mapping[str, Sequence[tuple[float, float]]]
-    halves: Sequence[float]
-    videos: Mapping[str, np.ndarray]
-
-
-def _timed(generation: Generation, patched: State, options: _Options) -> _Timed:
-    ms: dict[str, list[tuple[float, float]]] = {"base": [], "patched": []}
-    halves, videos = [], {}
-    for index in range(options.rounds):
-        options.tell(f"round {index + 1}")
-        order = ("base", "patched") if index % 2 == 0 else ("patched", "base")
-        found: dict[str, list[float]] = {"base": [], "patched": []}
-        for name in (*order, *order[::-1]):
-            with patched() if name == "patched" else contextlib.nullcontext():
-                taken, output = generation.run()
-            found[name].append(taken)
-            videos[name] = frames.of(output)
-        for name, pair in found.items():
-            ms[name].append((pair[0], pair[1]))
-        halves.append(math.sqrt(math.prod(pair[0] / pair[1] for pair in found.values())))
-    return _Timed(ms=ms, halves=halves, videos=videos)
-
-
-def _timing(timed: _Timed, first_base: float, first_patched: float, planning: float) -> Timing:
-    """A round's ratio is sqrt(A1 A2 / (B1 B2)): a drift of the clocks hits both. Statistics of benchmarks/timing.py.
-
-    The control of a round is sqrt(A1 B1 / (A2 B2)), the same work against itself, with the same variance.
-    """
-    rounds = zip(timed.ms["base"], timed.ms["patched"], strict=True)
-    ratios = [math.sqrt(math.prod(a) / math.prod(b)) for a, b in rounds]
-    ratio, lo, hi = timing.interval(np.array(ratios))
-    _, control_lo, control_hi = timing.interval(np.array(timed.halves))
-    noise = max(control_hi - 1, 1 - control_lo)
-    return Timing(
-        base_ms=tuple(ms for pair in timed.ms["base"] for ms in pair),
-        patched_ms=tuple(ms for pair in timed.ms["patched"] for ms in pair),
-        ratio=ratio,
-        ci_lo=lo,
-        ci_hi=hi,
-        noise=noise,
-        verdict=timing.verdict(lo, hi, noise),
-        first_base_ms=first_base,
-        first_patched_ms=first_patched,
-        planning_ms=planning,
-    )
 
 
 def _floor(generation: Generation) -> tuple[Quality | None, str]:
@@ -347,33 +299,38 @@ def _floor(generation: Generation) -> tuple[Quality | None, str]:
     return Quality.of(found), ""
 
 
-def _control(generation: Generation, options: _Options, base: int, patched: int, reference: np.ndarray) -> Control:
-    """The base sampler with as many network calls as patched makes, `base` and `patched` being those of a generation."""
+def _control(generation: Generation, options: _Options, base: _First, patched: float, reference: np.ndarray) -> Control:
+    """The base sampler with as many network calls as `patched`, by the least number of steps that makes them."""
     takes, steps = inspect.signature(type(generation.pipe).__call__).parameters, options.control
     if steps == 0:
         return Control(why="left out, as asked")
-    if steps is None and patched >= base:
-        return Control(why=f"both make {base} calls, so the base run itself is the control", calls=base)
+    if steps is None and patched >= base.calls:
+        return Control(why=f"both make {base.calls} calls, so the base run itself is the control", calls=base.calls)
     given = [name for name in ("timesteps", "sigmas") if generation.arguments.get(name) is not None]
     whole = takes["num_inference_steps"].default if "num_inference_steps" in takes else None
     whole = generation.arguments.get("num_inference_steps") or whole
     if given or not isinstance(whole, int):
         return Control(why=f"none, the steps are set by {given[0] if given else 'something else than their number'}")
-    least = steps or max(1, math.floor(whole * patched / base))
-    for count in range(least, max(least, whole) + 1):
-        with _changed(generation, {"num_inference_steps": count}):
-            seen = _first(generation, lambda _: None)
-            if steps is None and seen.calls < patched:
-                continue
-            ms = tuple(generation.run()[0] for _ in range(options.rounds))
-        break
+    count = steps or max(1, math.floor(whole * patched / base.calls))
+    seen = _steps(generation, count)
+    while steps is None and seen.network_calls(base) < patched and count < whole:
+        count += 1
+        seen = _steps(generation, count)
+    with _changed(generation, {"num_inference_steps": count}):
+        ms = tuple(generation.run()[0] for _ in range(options.rounds))
+    calls = seen.network_calls(base)
     return Control(
-        why=f"patched makes {patched} calls, base {base}: base with {count} of {whole} steps makes {seen.calls}",
+        why=f"patched makes {patched:.4g} calls, base {base.calls}; base with {count} of {whole} steps makes {calls:.4g}",
         steps=count,
-        calls=seen.calls,
+        calls=calls,
         ms=ms,
         quality=Quality.of(quality.compare_videos(frames.sound(seen.frames), reference)),
     )
+
+
+def _steps(generation: Generation, count: int) -> _First:
+    with _changed(generation, {"num_inference_steps": count}):
+        return _first(generation, lambda _: None)
 
 
 def _profile(generation: Generation, whose: str, options: _Options, notes: list[str]) -> Profile:

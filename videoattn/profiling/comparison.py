@@ -100,14 +100,14 @@ class Control:
     Args:
         why: what the control is, or why there is none.
         steps: scheduler steps of the control; None where the base run itself is the control, or where there is none.
-        calls: how often the denoisers ran in it.
+        calls: network calls in it.
         ms: wall times; () where the base run itself is the control.
         quality: against the base run at its full number of steps.
     """
 
     why: str
     steps: int | None = None
-    calls: int = 0
+    calls: float = 0
     ms: tuple[float, ...] = ()
     quality: Quality | None = None
 
@@ -131,7 +131,8 @@ class Comparison:
         policy: of the patched runs.
         base, patched: one profile of each; their `clean_ms` are the times of `timing`.
         timing: wall times and what they show.
-        base_calls, patched_calls: how often the denoisers ran in a generation.
+        base_calls, patched_calls: how often the whole network of the denoisers ran in a generation; a call in which a
+            cache skipped half of the layers is half a call.
         quality: the patched video against the base video.
         floor: two exact kernels of torch against each other on this generation: less than that says nothing.
         latents: relative L2 of the latents after each step, patched against base; () where the pipeline does not tell.
@@ -146,8 +147,8 @@ class Comparison:
     base: Profile
     patched: Profile
     timing: Timing
-    base_calls: int
-    patched_calls: int
+    base_calls: float
+    patched_calls: float
     quality: Quality
     floor: Quality | None
     latents: tuple[float, ...]

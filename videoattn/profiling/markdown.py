@@ -7,6 +7,7 @@ escaped: a prompt may hold a pipe, a tag or somebody's name.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from videoattn.profiling import summary as derived
@@ -70,7 +71,7 @@ def comparison(compared: Comparison) -> str:
         "",
         f"- {escape('; '.join(quality))}",
         f"- {_change_of_memory(compared)}",
-        f"- denoiser calls {compared.base_calls} -> {compared.patched_calls}; {escape(compared.control.why)}",
+        f"- network calls {compared.base_calls:.4g} -> {compared.patched_calls:.4g}; {escape(_control(compared))}",
         f"- {_environment(compared.base.environment)}",
         *_broken(compared.base, "base, "),
         *_broken(compared.patched, "patched, "),
@@ -193,6 +194,13 @@ def _memory(profile: Profile) -> list[str]:
     rows = [(f"`{alive.module}`", alive.what, size(alive.bytes)) for alive in memory.alive[:ROWS]]
     title = f"alive at the peak of {size(memory.peak_bytes)}, in {escape(memory.peak_module) or 'no module'}"
     return _table((title, "what", "size"), "llr", rows)
+
+
+def _control(compared: Comparison) -> str:
+    control = compared.control
+    if control.quality is None:
+        return control.why
+    return f"{control.why}, in {statistics.median(control.ms) / 1e3:.3g} s: {control.quality}"
 
 
 def _change_of_memory(compared: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
@@ -68,7 +69,7 @@ def facts(compared: Comparison) -> list[str]:
     lines = [
         f"{timing.rounds} rounds of two runs each; the control's halves are {timing.noise:.1%} apart",
         first,
-        f"denoiser calls: base {compared.base_calls}, patched {compared.patched_calls}",
+        f"network calls: base {compared.base_calls:.4g}, patched {compared.patched_calls:.4g}",
     ]
     memories = compared.base.memory, compared.patched.memory
     if None not in memories:
@@ -83,8 +84,8 @@ def facts(compared: Comparison) -> list[str]:
     lines.append(f"LPIPS: {lpips}")
     lines.append(f"control, the base sampler with as many network calls: {control.why}")
     if control.quality is not None:
-        seconds = sorted(control.ms)[len(control.ms) // 2] / 1e3
-        lines.append(f"    {control.steps} steps, {control.calls} calls, {seconds:.3g} s: {control.quality}")
+        taken = statistics.median(control.ms) / 1e3
+        lines.append(f"    {control.steps} steps, {control.calls:.4g} calls, {taken:.3g} s: {control.quality}")
     return lines
 
 
