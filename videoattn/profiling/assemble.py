@@ -33,7 +33,8 @@ def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
     pipe, recorded, counts = generation.pipe, done.recorded, done.counts
     clean = float(np.median(done.clean_ms)) if done.clean_ms else done.recorded_ms
     matched = _matched(recorded, counts, done.compiled)
-    ceiling = ceilings.measure(generation.device, _dtype(generation))
+    measurable = generation.device.type in ("cpu", "cuda")
+    ceiling = ceilings.measure(generation.device, _dtype(generation)) if measurable else None
     profile = Profile(
         title=_title(generation, done.output),
         pipeline=type(pipe).__name__,
@@ -47,7 +48,7 @@ def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
         recorded_ms=done.recorded_ms,
         busy_ms=recorded.busy_ms if recorded else 0.0,
         rows=_rows(recorded, counts, matched, done.compiled, clean),
-        calls=tuple(io_model.annotate(call, ceiling) for call in matched.calls),
+        calls=tuple(io_model.annotate(call, ceiling) if ceiling else call for call in matched.calls),
         memory=done.memory,
         ceilings=ceiling,
         checks=(),

@@ -14,10 +14,20 @@ import torch
 from PIL import Image
 
 WIDTH, COUNT = 320, 6
+_ROUNDING = 1e-3
 
 
 def frames_of(output: object) -> np.ndarray | None:
     """The first video of a pipeline's output as [T, H, W, 3] floats in 0..1; None where it has no frames (latents)."""
+    frames = _first(output)
+    if frames is None:
+        return None
+    finite = frames[np.isfinite(frames)]  # what is not must be seen
+    in_range = not finite.size or (finite.min() >= -_ROUNDING and finite.max() <= 1 + _ROUNDING)
+    return frames if in_range else None  # latents may have the shape of frames
+
+
+def _first(output: object) -> np.ndarray | None:
     found = getattr(output, "frames", None)
     if found is None and isinstance(output, tuple) and output:
         found = output[0]

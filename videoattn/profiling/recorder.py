@@ -221,7 +221,7 @@ def _counted(generation: Generation, done: Passed, runs: int | None) -> None:
     scopes = Scopes(generation.components, counts, generation.pipe, into_compiled=True)
     stance = torch.compiler.set_stance("force_eager") if generation.compiled else contextlib.nullcontext()
     done.counts = counts
-    with stance, clock, scopes, _watched(counts), counts:
+    with stance, clock, scopes, counts:
         generation.run()
 
 

@@ -6,10 +6,12 @@ entered around its compiled call.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from torch import nn
@@ -34,6 +36,15 @@ _METHODS = (  # (component or "" for the pipeline, method, stage)
 )
 # These only pass on: what they run shows in the module around them.
 _UNSCOPED = (nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.GELU, nn.ReLU, nn.Tanh, nn.Sigmoid)
+_OF_COMPONENTS = {  # what attends in the other parts
+    "vae": "spatial",
+    "audio_vae": "audio",
+    "vocoder": "audio",
+    "image_encoder": "spatial",
+    "text_encoder": "text",
+    "connectors": "text",
+}
+_PLAIN = (("*pooler", "text"),)  # attention of denoisers that has no processor, and so is no site: Mochi pools its text
 _WRAPPER = re.compile(r"\._orig_mod(?=\.|$)")  # torch.compile's, in a path
 _CONVOLUTIONS = tuple(getattr(nn, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose") for n in (1, 2, 3))
 
@@ -106,9 +117,8 @@ class Scopes:
         self._undo.clear()
 
     def _hook(self, component: str, model: nn.Module) -> None:
-        kinds = dict(_attention_kinds(component, model))
         compiled: list[str] = []
-        for path, module, kind in _walk(model, kinds):
+        for path, module, kind, is_attention in _walk(component, model):
             if any(path == around or path.startswith(f"{around}." if around else "") for around in compiled):
                 continue
             name = _WRAPPER.sub("", f"{component}.{path}" if path else component)
@@ -118,7 +128,7 @@ class Scopes:
                 self.compiled.append(name)
                 self._wrap_compiled(module, Scope(stage, name, COMPILED, kind))
             elif not isinstance(module, _UNSCOPED) and not hasattr(module, "_orig_mod"):
-                self._hook_module(module, Scope(stage, name, _role(module, path, kinds), kind))
+                self._hook_module(module, Scope(stage, name, ATTENTION if is_attention else _role(module), kind))
 
     def _hook_module(self, module: nn.Module, scope: Scope) -> None:
         enter, leave = self._listener.enter, self._listener.leave
@@ -136,28 +146,32 @@ class Scopes:
         """Around the compiled call: no guard sees it, so no graph breaks and none is made anew."""
         if module._compiled_call_impl is None:  # torch.compile(module): the wrapper's own hooks run outside
             self._hook_module(module, scope)
-            return
-        compiled_call = module._compiled_call_impl
-        module._compiled_call_impl = self._told(compiled_call, scope)
-        self._undo.append(lambda: setattr(module, "_compiled_call_impl", compiled_call))
+        else:
+            self._wrap(module, "_compiled_call_impl", scope)
 
     def _wrap(self, owner: object, method: str, scope: Scope) -> None:
         function, own = getattr(owner, method), method in vars(owner)
-        setattr(owner, method, self._told(function, scope))
+        setattr(owner, method, _Told(function, scope, self._listener))
         self._undo.append((lambda: setattr(owner, method, function)) if own else (lambda: delattr(owner, method)))
 
-    def _told(self, function: Callable, scope: Scope) -> Callable:
-        enter, leave = self._listener.enter, self._listener.leave
 
-        @functools.wraps(function)
-        def told(*args, **kwargs):
-            enter(scope)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                leave(scope)
+class _Told:
+    """A method that tells a listener of its calls. In a copy of its owner (a pipeline may copy its scheduler) it is the
+    method of the copy."""
 
-        return told
+    def __init__(self, function: Callable, scope: Scope, listener: Listener) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._scope, self._listener = function, scope, listener
+
+    def __call__(self, *args, **kwargs):
+        self._listener.enter(self._scope)
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            self._listener.leave(self._scope)
+
+    def __deepcopy__(self, memo: dict) -> _Told:
+        return _Told(copy.deepcopy(self._function, memo), self._scope, self._listener)
 
 
 def denoisers(components: dict[str, object]) -> dict[str, nn.Module]:
@@ -174,37 +188,40 @@ def original(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _walk(model: nn.Module, kinds: dict[str, str]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(path, module, kind of the innermost attention around it), parents first."""
+def _walk(component: str, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, bool]]:
+    """(path, module, kind of the innermost attention around it, whether it is attention itself), parents first."""
+    kinds, other = _attention_kinds(component, model)
     inherited: dict[str, str] = {}
     for path, module in model.named_modules():
-        kind = kinds.get(path, inherited.get(path.rpartition(".")[0], ""))
+        kind = kinds.get(path, inherited.get(path.rpartition(".")[0], other))
         inherited[path] = kind
-        yield path, module, kind
+        yield path, module, kind, path in kinds
 
 
-def _attention_kinds(component: str, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(path, kind) of every attention module; "" where the kind is not known."""
+def _attention_kinds(component: str, model: nn.Module) -> tuple[dict[str, str], str]:
+    """Path -> kind of every attention module, "" where it is not known; and the kind of what is none of them."""
     adapter = adapter_for(original(model))
-    if adapter is not None:
-        known = {site.name: site.kind for _, site in adapter.sites(original(model))}
-    elif component.startswith(("vae", "image_encoder")):
-        known, other = {}, "spatial"  # tokens of one frame
-    elif component.startswith("text_encoder"):
-        known, other = {}, "text"
-    else:
-        known, other = {}, ""
+    other = next((kind for prefix, kind in _OF_COMPONENTS.items() if component.startswith(prefix)), "")
     paths = {path for path, _ in attention_modules(model)}
     paths |= {path for path, module in model.named_modules() if _projects(module)}
-    for path in paths:
-        yield path, known.get(path, "") if adapter is not None else other
+    kinds = dict.fromkeys(paths, other)
+    if adapter is not None:
+        kinds |= {path: kind for path in paths for pattern, kind in _PLAIN if fnmatchcase(path, pattern)}
+        kinds |= {site.name: site.kind for _, site in adapter.sites(original(model))}
+    return kinds, other
 
 
 def _projects(module: nn.Module) -> bool:
     """Whether a module looks like attention of a library that knows no processors."""
     return any(
         {*names} <= module._modules.keys()
-        for names in (("q_proj", "k_proj", "v_proj"), ("q", "k", "v", "o"), ("to_q", "to_k", "to_v"), ("query", "key"))
+        for names in (
+            ("q_proj", "k_proj", "v_proj"),
+            ("q", "k", "v", "o"),
+            ("to_q", "to_kv"),
+            ("to_qkv",),
+            ("to_q", "to_k"),
+        )
     )
 
 
@@ -215,9 +232,7 @@ def _stage(component: str, path: str) -> str:
     return f"{component}.{'encode' if path.startswith(('encoder', 'quant_conv')) else 'decode'}"
 
 
-def _role(module: nn.Module, path: str, kinds: dict[str, str]) -> str:
-    if path in kinds:
-        return ATTENTION
+def _role(module: nn.Module) -> str:
     if isinstance(module, _CONVOLUTIONS):
         return CONVOLUTION
     if isinstance(module, nn.Linear):
