@@ -26,7 +26,15 @@ from torch import Tensor
 
 from videoattn.call import Call
 from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
-from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import (
+    Tile,
+    TritonBackend,
+    aligned,
+    on_device_of,
+    precision,
+    scale_log2,
+    unit_stride,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -284,4 +292,9 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
-BACKENDS = (TritonBackend("triton_flash", attend, _refuses),)
+def _tile_of(call: Call) -> Tile:
+    settings = config(call.head_dim, call.dtype.itemsize, _capability(call.device), call.mask != "none")
+    return Tile(settings["M"], settings["N"], settings["num_warps"])
+
+
+BACKENDS = (TritonBackend("triton_flash", attend, _refuses, _tile_of),)

@@ -26,7 +26,15 @@ from torch import Tensor
 
 from videoattn.call import Call
 from videoattn.kernels.tiles import MIN_PART, alignment, load_head, not_finite, parts, store_part
-from videoattn.kernels.triton_backend import TritonBackend, aligned, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import (
+    Tile,
+    TritonBackend,
+    aligned,
+    on_device_of,
+    precision,
+    scale_log2,
+    unit_stride,
+)
 
 MAX_TOKENS = 128
 
@@ -227,4 +235,9 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
-BACKENDS = (TritonBackend("triton_temporal", attend, _refuses),)
+def _tile_of(call: Call) -> Tile:
+    settings = config(call.q_len, call.kv_len, call.heads, call.head_dim)
+    return Tile(settings["QP"], settings["KP"], settings["num_warps"])
+
+
+BACKENDS = (TritonBackend("triton_temporal", attend, _refuses, _tile_of),)
