@@ -147,8 +147,10 @@ def lpips(video: object, reference: object, weights: Path | None = None) -> floa
     video, reference = _frames(video), _frames(reference)
     if video.shape != reference.shape:
         raise ValueError(f"lpips: wanted two videos of one shape, got {video.shape} and {reference.shape}")
-    import lpips as package
-
+    try:
+        import lpips as package
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter where it was built for another torch
+        return f"the package lpips does not work here: {' '.join(str(error).split())}"
     model = package.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()  # heads of the package, an empty AlexNet
     stored = torch.load(weights, map_location="cpu", weights_only=True)
     # The package cuts AlexNet into slices that keep the layers' numbers: "slice2.3.weight" is "features.3.weight".

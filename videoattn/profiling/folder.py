@@ -28,21 +28,24 @@ def require_writable(folder: Path) -> None:
 
 
 def write(report: Profile | Comparison, folder: Path) -> list[Path]:
-    """Write every form of a report; returns the files."""
+    """Write every form of a report; returns the files. All are made from the JSON, so that it can make them again."""
     folder.mkdir(parents=True, exist_ok=True)
+    stored = report.to_json()
     if isinstance(report, Comparison):
-        pages = html.render_comparison(report), markdown.comparison(report)
+        kept = Comparison.from_json(stored)
+        pages = html.render_comparison(kept), markdown.comparison(kept)
         traces = {BASE_TRACE: report.base.trace, PATCHED_TRACE: report.patched.trace}
     else:
-        pages = html.render(report), markdown.summary(report)
+        kept = Profile.from_json(stored)
+        pages = html.render(kept), markdown.summary(kept)
         traces = {TRACE: report.trace}
-    files = {HTML: pages[0], JSON: report.to_json() + "\n", MARKDOWN: pages[1]}
+    files = {HTML: pages[0], JSON: stored + "\n", MARKDOWN: pages[1]}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    kept = {name: trace for name, trace in traces.items() if trace}
-    for name, trace in kept.items():
+    there = {name: trace for name, trace in traces.items() if trace}
+    for name, trace in there.items():
         (folder / name).write_bytes(trace)
-    return [folder / name for name in (*files, *kept)]
+    return [folder / name for name in (*files, *there)]
 
 
 def read(file: Path) -> Profile | Comparison:

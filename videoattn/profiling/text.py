@@ -67,7 +67,7 @@ def facts(compared: Comparison) -> list[str]:
         f"of it {timing.planning_ms / 1e3:.3g} s for plans"
     )
     lines = [
-        f"{timing.rounds} rounds of two runs each; the control's halves are {timing.noise:.1%} apart",
+        f"rounds of two runs each: {timing.rounds}; noise of the control: {timing.noise:.1%}",
         first,
         f"network calls: base {compared.base_calls:.4g}, patched {compared.patched_calls:.4g}",
     ]
