@@ -103,7 +103,11 @@ def test_exact_attention_on_a_cpu_is_identical(exact):
     assert made.latents == (0.0,) * 3
     assert all(not picture(pair.difference).any() for pair in made.pairs)
     assert all(pair.base == pair.patched for pair in made.pairs) and made.pairs[-1].index == 8
-    assert made.notes == () and not made.base.error and not made.patched.error
+    assert (
+        made.notes == ("2 rounds show no difference in time: that takes 3",)
+        and not made.base.error
+        and not made.patched.error
+    )
     assert made.base.policy == "" and "exact" in made.patched.policy
 
 
@@ -360,11 +364,16 @@ def shown(base, patched):
 
 
 def test_a_drift_of_the_clocks_is_no_difference():
-    """A B B A and B A A B while everything takes 1 % longer with every run: base and patched are the same."""
-    at = [100 * 1.01**i for i in range(8)]
-    found = shown([(at[0], at[3]), (at[5], at[6])], [(at[1], at[2]), (at[4], at[7])])
-    assert found.ratio == pytest.approx(1) and found.verdict == "not shown"
-    assert found.base_ms == (at[0], at[3], at[5], at[6]) and found.noise > 0.01
+    """A B B A and B A A B and again while everything takes 1 % longer with every run: base and patched are the same."""
+    at = [100 * 1.01**i for i in range(12)]
+    found = shown([(at[0], at[3]), (at[5], at[6]), (at[8], at[11])], [(at[1], at[2]), (at[4], at[7]), (at[9], at[10])])
+    assert (found.ratio, found.ci_lo, found.ci_hi) == pytest.approx((1, 1, 1)) and found.verdict == "not shown"
+    assert found.base_ms[:4] == (at[0], at[3], at[5], at[6]) and found.noise > 0.01
+
+
+def test_two_rounds_show_nothing():
+    assert shown([(100, 100)] * 2, [(50, 50)] * 2).verdict == "not shown"
+    assert shown([(100, 100)] * 3, [(50, 50)] * 3).verdict == "faster"
 
 
 def test_a_difference_within_the_noise_is_not_shown():
@@ -456,7 +465,7 @@ def test_compare_and_report_on_the_shipped_model(tmp_path, capsys):
     out, again = tmp_path / "compared", tmp_path / "again"
     assert cli.main(["compare", str(TINY_WAN), *flags, "--preset", "exact", "--rounds", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "exact: no difference in time shown" in printed or "exact: faster" in printed or "exact: slower" in printed
+    assert "exact: no difference in time shown" in printed and "that takes 3" in printed
     assert "Video: identical." in printed and "report.html" in printed
     assert json.loads((out / "report.json").read_text())["patched"]["arguments"]["num_inference_steps"] == 2
 

@@ -18,6 +18,8 @@ from videoattn.profiling import frames
 from videoattn.profiling.comparison import Timing
 from videoattn.profiling.recorder import Generation, Progress
 
+ENOUGH = 3  # rounds: where nothing differs, three agree beyond the noise of three in 1 run of 80, two in 1 of 12
+
 State = Callable[[], AbstractContextManager[object]]
 """A context in which the pipeline is patched; outside of it, it is not."""
 
@@ -52,7 +54,8 @@ def shown(times: Timed, *, first_base_ms: float, first_patched_ms: float, planni
     """What the rounds show, by the statistics of benchmarks/timing.py.
 
     With A for base and B for patched, a round gives the ratio sqrt(A1 A2 / (B1 B2)). Its control is
-    sqrt(A1 B1 / (A2 B2)): the same work against itself, of the same variance, in truth 1.
+    sqrt(A1 B1 / (A2 B2)): the same work against itself, of the same variance, in truth 1. Fewer than `ENOUGH` rounds show
+    nothing.
     """
     ratios, controls = [], []
     for (a1, a2), (b1, b2) in zip(times.base_ms, times.patched_ms, strict=True):
@@ -68,7 +71,7 @@ def shown(times: Timed, *, first_base_ms: float, first_patched_ms: float, planni
         ci_lo=lo,
         ci_hi=hi,
         noise=noise,
-        verdict=timing.verdict(lo, hi, noise),
+        verdict=timing.verdict(lo, hi, noise) if len(ratios) >= ENOUGH else timing.NOT_SHOWN,
         first_base_ms=first_base_ms,
         first_patched_ms=first_patched_ms,
         planning_ms=planning_ms,

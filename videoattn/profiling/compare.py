@@ -59,7 +59,7 @@ def compare(
     Args:
         pipe: a diffusers pipeline, patched or not.
         policy: as for `enable_fast_attention`; None compares what is enabled on `pipe`, "balanced" where nothing is.
-        rounds: each times two runs of either; the interval of three is their spread.
+        rounds: each times two runs of either. The interval of three is their spread; fewer show no difference in time.
         control: steps of the control; None finds as many as make the calls of the patched run, 0 leaves it out.
         out: folder for report.html, report.json, report.md and the traces; none is written where None.
         lpips_weights: see `quality.lpips`.
@@ -210,7 +210,8 @@ def _between(
     generation: Generation, patched: State, name: str, planning: Callable[[], float], options: _Options
 ) -> Comparison:
     tell = options.tell
-    notes: list[str] = []
+    few = f"{options.rounds} rounds show no difference in time: that takes {alternating.ENOUGH}"
+    notes = [few] if options.rounds < alternating.ENOUGH else []
     with recorder.quiet(generation.pipe):
         latents: list[Tensor] = []
         tell("base, first")

@@ -32,7 +32,8 @@ class Timing:
         ci_lo, ci_hi: its 95 % bootstrap interval.
         noise: how far from 1 the interval of the control reaches: the first half of each round against its second half,
             in which the same two things ran.
-        verdict: "faster" or "slower" where the whole interval is beyond that noise, else "not shown".
+        verdict: "faster" or "slower" where the whole interval is beyond that noise, else "not shown"; never of fewer than
+            three rounds.
         first_base_ms, first_patched_ms: of the first generation, which compiles and plans and is in no other figure.
         planning_ms: of it, the choice, check and compilation of our kernels.
     """
