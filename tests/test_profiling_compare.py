@@ -206,7 +206,7 @@ def test_changed_frames_show_where_they_are(no_profiles):
 
     def brighter(output):
         frames = output[0].clone()
-        frames[:, :, 5, 10:20, 10:20] += 0.5  # of -1..1: a quarter of the range
+        frames[:, :, 4, 10:20, 10:20] += 0.5  # of -1..1: a quarter of the range
         return (frames,)
 
     decode = pipe.vae.decode
@@ -221,10 +221,10 @@ def test_changed_frames_show_where_they_are(no_profiles):
 
     made = compare.compare_states(pipe, patched, arguments_of("wan", pipe), name="a bright square", rounds=1)
     assert made.policy == "a bright square"
-    assert made.quality.worst_frame == 5 and not made.quality.identical
-    assert [psnr is None for psnr in made.quality.psnr_frames] == [index != 5 for index in range(9)]
+    assert made.quality.worst_frame == 4 and not made.quality.identical
+    assert [psnr is None for psnr in made.quality.psnr_frames] == [index != 4 for index in range(9)]
     assert made.latents == (0.0, 0.0)  # what happens after the sampler is not its doing
-    pair = next(pair for pair in made.pairs if pair.index == 5)
+    pair = next(pair for pair in made.pairs if pair.index == 4)  # the worst frame is among those shown
     heat = picture(pair.difference)
     inside, outside = heat[10:20, 10:20], heat.astype(int).sum() - heat[10:20, 10:20].astype(int).sum()
     assert inside[..., 0].max() == 255 and outside == 0
@@ -301,6 +301,20 @@ def test_a_policy_stands_in_for_the_session_that_is_there(no_profiles):
     assert state_of(pipe) == before
 
 
+def test_both_profiles_are_of_the_generation_that_was_timed(monkeypatch):
+    pipe, seen = tiny_pipelines.build("wan"), []
+    arguments = arguments_of("wan", pipe)
+    start = arguments["generator"].get_state()
+
+    def record(pipe, arguments, **_):
+        seen.append((torch.equal(arguments["generator"].get_state(), start), session_of(pipe.transformer) is not None))
+        return profile_samples.empty()
+
+    monkeypatch.setattr(recorder, "record", record)
+    compare.compare(pipe, policy="exact", rounds=1, **arguments)
+    assert seen == [(True, False), (True, True)]
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_all_is_put_back_when_a_generation_raises(enabled):
     pipe = used()
@@ -369,6 +383,12 @@ def test_a_drift_of_the_clocks_is_no_difference():
     found = shown([(at[0], at[3]), (at[5], at[6]), (at[8], at[11])], [(at[1], at[2]), (at[4], at[7]), (at[9], at[10])])
     assert (found.ratio, found.ci_lo, found.ci_hi) == pytest.approx((1, 1, 1)) and found.verdict == "not shown"
     assert found.base_ms[:4] == (at[0], at[3], at[5], at[6]) and found.noise > 0.01
+
+
+def test_the_noise_is_that_of_the_first_half_of_a_round_against_the_second():
+    found = shown([(100, 110)] * 3, [(50, 40)] * 3)
+    assert found.noise == pytest.approx(math.sqrt(100 * 50 / (110 * 40)) - 1)
+    assert found.ratio == pytest.approx(math.sqrt(100 * 110 / (50 * 40)))
 
 
 def test_two_rounds_show_nothing():
