@@ -238,7 +238,7 @@ def _broken(profile: Profile, whose: str = "") -> Iterable[str]:
 
 
 def _environment(environment: Mapping[str, str]) -> str:
-    return escape(", ".join(f"{name} {value}" for name, value in environment.items())) or "environment unknown"
+    return escape(", ".join(f"{name} {value}" for name, value in environment.items() if value)) or "environment unknown"
 
 
 def _arguments(arguments: Mapping[str, object]) -> list[str]:

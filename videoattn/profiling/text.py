@@ -67,6 +67,7 @@ def facts(compared: Comparison) -> list[str]:
         f"of it {timing.planning_ms / 1e3:.3g} s for plans"
     )
     lines = [
+        "by category: one recorded pass of each, scaled to its wall time; only the wall time has an interval",
         f"rounds of two runs each: {timing.rounds}; noise of the control: {timing.noise:.1%}",
         first,
         f"network calls: base {compared.base_calls:.4g}, patched {compared.patched_calls:.4g}",
