@@ -10,9 +10,13 @@
     io_model.py    the bytes that attention must move, and those that a tiling moves
     recorder.py    the passes over a pipeline, in order -> Profile
     summary.py     shares, roofline, Amdahl: everything that follows from a Profile
-    compare.py     before and after, with quality
+    comparison.py  the result of before and after, as frozen facts and JSON
+    alternating.py two states of a pipeline in turns, and what their times show
+    frames.py      frames as they are measured and shown
+    compare.py     before and after, with quality -> Comparison
     plan.py        the same figures of a model's config alone
-    text.py, markdown.py, html.py, perfetto.py   forms
+    folder.py      a report on disk, and back
+    text.py, markdown.py, html.py, perfetto.py   forms; drawn.py and page/ are the HTML's
 
 Data goes one way, from the top of this list to its end.
 """
