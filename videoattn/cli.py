@@ -103,6 +103,23 @@ def _parser() -> Parser:
     command.add_argument("--out", type=Path, default=Path("outputs/report"), help="(default: %(default)s)")
     command.set_defaults(run=_report)
 
+    command = commands.add_parser("plan", help="what a generation will cost, from a model's config: no weights, no GPU")
+    command.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a name in benchmarks/models.toml")
+    for name, what in (
+        ("height", "in pixels"),
+        ("width", "in pixels"),
+        ("frames", "of the video"),
+        ("steps", "denoising"),
+    ):
+        command.add_argument(f"--{name}", type=int, help=f"{what} (default: the pipeline's)")
+    command.add_argument(
+        "--card",
+        default="h200",
+        help="whose ceilings to take: a shipped card, or a profile's report.json (%(default)s)",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
+    command.set_defaults(run=_plan)
+
     command = commands.add_parser("doctor", help="what works in this environment, and what does not")
     command.set_defaults(run=_doctor)
 
@@ -228,6 +245,17 @@ def _random_models() -> tuple[str, ...]:
     from videoattn.benchmarks import models
 
     return models.loadable()
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from videoattn.profiling.plan import plan
+
+    made = plan(args.model, args.height, args.width, args.frames, args.steps, card=args.card)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(made.to_json(), encoding="utf-8")
+    print(made, end="")
+    return OK
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
-from videoattn.profiling.categories import bare, operator_of
+from videoattn.profiling.categories import SDPA_BACKENDS, bare, operator_of
 
 Operator = Any
 """An `OpOverload`, or a higher-order operator, which has no schema."""
@@ -44,7 +44,7 @@ _ALLOCATES = {
 }
 _OVERWRITES = {
     *("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
-    *("eye", "arange", "_foreach_copy_"),
+    "_foreach_copy_",
 }
 _LOOKS_UP = {"embedding", "index_select", "index", "gather", "take", "masked_select"}
 _SCATTERS = {
@@ -95,9 +95,9 @@ def signature(func: Operator) -> Signature:
 @functools.cache
 def is_composite(func: Operator) -> bool:
     """Whether torch writes the operator out in others, which a dispatch mode sees whole in inference mode only."""
-    return isinstance(func, OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        func.name(), "CompositeImplicitAutograd"
-    )
+    if not isinstance(func, OpOverload) or func.namespace == "prim":  # which no dispatcher knows
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _name(func: Operator) -> str:
@@ -106,11 +106,11 @@ def _name(func: Operator) -> str:
 
 def flops(func: Operator, args: Sequence, kwargs: Mapping[str, Any], out: Any) -> int:
     """Floating-point operations of a call; 0 where there is no formula."""
-    formula = flop_registry.get(getattr(func, "_overloadpacket", func))
-    if formula is not None:
-        return formula(*args, **kwargs, out_val=out)
-    formula = _FORMULAS.get(signature(func).name)
-    return formula(*args) if formula is not None else 0
+    own = _FORMULAS.get(signature(func).name)
+    if own is not None:
+        return own(*args)
+    torchs = flop_registry.get(getattr(func, "_overloadpacket", func))
+    return torchs(*args, **kwargs, out_val=out) if torchs is not None else 0
 
 
 def traffic(func: Operator, args: Sequence, kwargs: Mapping[str, Any], out: Any) -> Traffic:
@@ -183,11 +183,12 @@ def _product(a: Tensor, b: Tensor, *_: Any) -> int:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
+    """[B, H, Nq, D] x [B, Hkv, Nk, D] and the weights x [B, Hkv, Nk, Dv], Hkv a divisor of H."""
+    return 2 * q.shape[:3].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-_FORMULAS = {  # what torch's registry lacks
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+_FORMULAS = {  # what torch's registry lacks, or refuses in some of its versions: heads that share keys
+    **{name: _attention for name in SDPA_BACKENDS},
     "_scaled_dot_product_fused_attention_overrideable": _attention,
     "_int_mm": _product,
     "_addmm_activation": lambda bias, a, b, *_: _product(a, b),

@@ -100,7 +100,8 @@ def attention_ms(profile: Profile) -> float:
 def without_attention(profile: Profile) -> float:
     """Amdahl: if attention were free, the run would be this many times faster."""
     total = total_ms(profile)
-    return total / (total - attention_ms(profile)) if total else 1.0
+    rest = total - attention_ms(profile)
+    return total / rest if rest > 0 else float("inf") if total else 1.0
 
 
 def overhead(profile: Profile) -> float:
