@@ -422,6 +422,10 @@ def test_comparison_shows_both_sides(browser, made):
         points = page.evaluate("[...document.querySelectorAll('#quality .line')].map((e) => Number(e.dataset.points))")
         assert points == [81, 81, len(result.latents)]
         assert [row[1] for row in rows(page, "quality")] == ["31.20 dB", "33.90 dB"]
+        assert "No LPIPS: the package lpips is not installed." in texts(page, "#quality .hint")[0]
+        facts = dict(zip(texts(page, "#measured dt"), texts(page, "#measured dd"), strict=True))
+        assert facts["Network calls"] == "8 before, 8 after" and facts["Rounds"].startswith("2,")
+        assert "2.14 s for the choice" in facts["First generation"]
         page.click("#time tr[data-row='linear'] .expand")
         assert "transformer.blocks.*.attn1.to_q" in texts(page, "#time .level-1 th")
 
@@ -451,6 +455,23 @@ def test_verdict_of_a_comparison_is_honest(changes, said):
     made = samples.comparison(steps=1)
     page = html.render_comparison(replace(made, timing=replace(made.timing, **changes)))
     assert said in page
+
+
+def test_the_control_of_a_cache_is_shown(browser, tmp_path):
+    """Where the patched run makes fewer network calls, the base sampler with as many is its measure."""
+    made = samples.comparison(steps=2)
+    control = replace(
+        made.control, why="as many calls", steps=1, calls=2.5, ms=(900.0, 910.0, 890.0), quality=made.floor
+    )
+    (tmp_path / "page.html").write_text(html.render_comparison(replace(made, control=control, patched_calls=2.5)))
+    with browser.open(tmp_path / "page.html") as page:
+        assert [row[0].partition(":")[0] for row in rows(page, "quality")] == [
+            "after against before",
+            "noise floor",
+            "control",
+        ]
+        assert "the base sampler with 2.5 network calls, 1 of its steps: 900 ms" in texts(page, "#measured dd")
+        assert "4 before, 2.5 after" in texts(page, "#measured dd")
 
 
 def test_identical_videos_are_called_so(browser, tmp_path):

@@ -12,6 +12,7 @@ import gzip
 import html
 import json
 import math
+import statistics
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -73,6 +74,8 @@ def render_comparison(comparison: Comparison) -> str:
             },
             "latents": comparison.latents,
             "control": comparison.control.why,
+            "lpips_why": comparison.lpips_why,
+            "measured": _measured(comparison),
             "pairs": [asdict(pair) for pair in comparison.pairs],
             "exact": _exact("comparison", bare.to_json(), bool(comparison.pairs)),
         }
@@ -235,6 +238,22 @@ def _deltas(comparison: Comparison) -> list[dict[str, Any]]:
         values = {"name": delta.name, "before": delta.base_ms, "after": delta.patched_ms}
         found.append(values | {"key": key_of[delta.name], "modules": modules[: drawn.MODULES]})
     return found
+
+
+def _measured(comparison: Comparison) -> dict[str, str]:
+    """How the times came about, and what they do not hold."""
+    timing, control = comparison.timing, comparison.control
+    facts = {
+        "Rounds": f"{timing.rounds}, of two runs each of both, in turns",
+        "Control of the times": f"two halves in which the same ran differ by {timing.noise:.1%} at the most",
+        "Network calls": f"{comparison.base_calls:g} before, {comparison.patched_calls:g} after",
+        "First generation": f"{_seconds(timing.first_base_ms)} before, {_seconds(timing.first_patched_ms)} after, of it "
+        f"{_seconds(timing.planning_ms)} for the choice, check and compilation of kernels",
+    }
+    if control.ms:
+        wall, calls = _seconds(statistics.median(control.ms)), f"{control.calls:g} network calls"
+        facts["Control of the steps"] = f"the base sampler with {calls}, {control.steps} of its steps: {wall}"
+    return facts
 
 
 def _quality_rows(comparison: Comparison) -> list[dict[str, Any]]:

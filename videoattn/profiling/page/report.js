@@ -120,6 +120,7 @@ document.getElementById("report").replaceChildren(
     head(),
     time_section(),
     section("quality", "Quality", "Raw frames, before any codec. Read them against the noise floor.", quality()),
+    section("measured", "How it was timed", "Without any instrument.", data.measured ? facts(data.measured) : null),
     section("attention", "Attention", "By kind in the denoisers, then by shape.", by_run(attention)),
     section("sequence", "Sequence length", "Queries of each attention call, in the order of the run.", sequence()),
     section(

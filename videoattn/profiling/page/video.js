@@ -98,7 +98,7 @@ function quality() {
       : [];
   return [
     table(columns, rows, { label: "Quality" }),
-    h("p", { class: "hint" }, `Control: ${data.control}`),
+    h("p", { class: "hint" }, `Control: ${data.control}.${data.lpips_why ? ` No LPIPS: ${data.lpips_why}.` : ""}`),
     h("div", { class: "columns" }, h("div", {}, drawn), h("div", {}, latents)),
   ];
 }
