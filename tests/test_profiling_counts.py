@@ -5,14 +5,14 @@ import tiny_pipelines
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from videoattn import runner
 from videoattn.backend import Choice
 from videoattn.policy import EXACT
 from videoattn.profiling.categories import ATTENTION
-from videoattn.profiling.costs import nbytes
+from videoattn.profiling.costs import crosses, nbytes
 from videoattn.profiling.counts import Counts, Work
 from videoattn.profiling.scopes import Scope, Scopes
 from videoattn.runner import Runner
@@ -394,6 +394,16 @@ def test_fake_tensors_and_the_meta_device_count_as_real_ones():
     linear = ("toy", "toy.project", "linear")
     assert meta.rows()[linear] == real.rows()[linear]
     assert [call.flops for call in meta.calls] == [call.flops for call in real.calls]
+
+
+def test_a_copy_to_another_device_is_a_transfer(monkeypatch):
+    with FakeTensorMode() as mode:
+        x = torch.randn(8, 16)
+        there = FakeTensor(mode, torch.empty(8, 16, device="meta"), torch.device("cuda"))
+    assert crosses((x,), there) and not crosses((x,), x)
+    assert not crosses((x,), torch.empty(8, device="meta"))
+    monkeypatch.setattr("videoattn.profiling.costs.crosses", lambda args, out: True)
+    assert work(counted(lambda: X.clone())) == {"transfer": Work(1, 0, 0, 2 * XS)}
 
 
 @pytest.mark.parametrize("around", [torch.inference_mode, torch.enable_grad])

@@ -145,6 +145,11 @@ def traffic(func: Operator, args: Sequence, kwargs: Mapping[str, Any], out: Any)
     return Traffic(_total(read), _total(written), sum(nbytes(x) // x.element_size() for x in written))
 
 
+def crosses(args: Sequence, out: Any) -> bool:
+    """Whether a copy goes from one device to another; "meta" is none."""
+    return len({tensor.device.type for tensor in tensors([args, out])} - {"meta"}) > 1
+
+
 def nbytes(tensor: Tensor) -> int:
     """Bytes of the memory that a tensor covers: a dimension along which it repeats itself counts once."""
     if tensor.layout is not torch.strided:

@@ -229,6 +229,8 @@ class Counts:
             call.backend = call.backend or SDPA_BACKENDS.get(known.name, "")
         else:
             operator = operator_of(known.name, frame.scope.role, frame.scope.kind)
+            if operator == "layout" and costs.crosses(args, out):
+                operator = "transfer"
             self._notice(frame, known.name, args, out)
         self._add(operator, flops, traffic.elements if known.pointwise else 0, moved)
         if operator == "layout":

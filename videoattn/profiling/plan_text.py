@@ -106,7 +106,9 @@ def _lengths(part: Part) -> Iterator[str]:
 
 def _time(ms: float) -> str:
     """
-    >>> _time(0.25), _time(12.5), _time(2400.0)
-    ('0.25 ms', '12.5 ms', '2.4 s')
+    >>> _time(0.25), _time(12.5), _time(2400.0), _time(1e-6)
+    ('0.25 ms', '12.5 ms', '2.4 s', '< 0.01 ms')
     """
+    if ms < 0.01:
+        return "< 0.01 ms"
     return f"{ms / 1e3:,.3g} s" if ms >= 1e3 else f"{ms:.3g} ms"

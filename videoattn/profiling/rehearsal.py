@@ -194,7 +194,7 @@ def _tried(name: str, run: Callable[[], Rehearsal]) -> Rehearsal | Refusal:
     try:
         return run()
     except _CANNOT as error:
-        return Refusal(name=name, why=f"does not run without values: {' '.join(str(error).split())[:200]}")
+        return Refusal(name=name, why=f"did not run on the meta device: {' '.join(str(error).split())[:200]}")
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
