@@ -500,3 +500,14 @@ def test_a_call_without_keys_is_counted_without_work():
     run = Runner("full", EXACT)
     counts = counted(lambda: run(torch.randn(2, 5, 3, 8), torch.randn(2, 0, 3, 8), torch.randn(2, 0, 3, 8)))
     assert [(call.q_len, call.kv_len, call.flops) for call in counts.calls] == [(5, 0, 0)]
+
+
+def test_an_rms_norm_of_a_gpu_is_one_kernel():
+    """On fake tensors, which stand for a GPU's: what a dispatch mode makes of it there is not what runs."""
+    with FakeTensorMode():
+        norm, x = nn.RMSNorm(64, eps=1e-6), torch.empty(8, 32, 64)
+        counts = Counts()
+        with torch.no_grad(), Scopes({"transformer": nn.Sequential(norm)}, counts), counts:
+            norm(x)
+    (row,) = counts.rows().values()
+    assert row == Work(calls=1, flops=0, pointwise=8 * 32 * 64, bytes=4 * (2 * 8 * 32 * 64 + 64))

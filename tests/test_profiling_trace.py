@@ -179,7 +179,8 @@ def test_a_kernel_without_an_operator_in_an_attention_module_is_its_attention():
 
 
 def test_kernels_of_a_compiled_region_go_by_their_name():
-    names = ("triton_poi_fused_add_0", "nvjet_tst_128", "flash_fwd_kernel", "void at::native::elementwise_kernel<4>")
+    fused = "triton_poi_fused__scaled_dot_product_flash_attention_clone_3"  # what comes before it, not attention
+    names = (fused, "nvjet_tst_128", "flash_fwd_kernel", "void at::native::elementwise_kernel<4>")
     recorded = read(
         scope(REGION, 0, 50),
         *(launch(index, index) for index in range(1, 5)),

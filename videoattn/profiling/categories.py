@@ -125,7 +125,8 @@ _LISTS: dict[str, str] = {
 
 _OF_OP: dict[str, str] = {op: operator for operator, ops in _LISTS.items() for op in ops.split()}
 
-_KERNELS = (  # kernels that no operator surrounds, in a compiled region: (pattern of the name, operator)
+_KERNELS = (  # kernels that no operator surrounds: (pattern of the name, operator), the first that fits
+    (re.compile(r"^triton_(?!tem)", re.IGNORECASE), "fused"),  # named after the operators in it, attention among them
     (re.compile(r"flash|fmha|sdpa|attention|mha", re.IGNORECASE), ATTENTION),
     (re.compile(r"conv|fprop|implicit|winograd", re.IGNORECASE), "convolution"),
     (re.compile(r"gemm|cutlass|nvjet|cublas|splitK|_mm_|bmm", re.IGNORECASE), "linear"),

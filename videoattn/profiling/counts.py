@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from videoattn import runner
 from videoattn.profiling import costs
 from videoattn.profiling.alive import Alive
-from videoattn.profiling.categories import ATTENTION, SDPA, SDPA_BACKENDS, operator_of
+from videoattn.profiling.categories import ATTENTION, NORMALISATION, SDPA, SDPA_BACKENDS, operator_of
 from videoattn.profiling.profile import AttentionCall
 from videoattn.profiling.scopes import ROOT, Scope
 from videoattn.profiling.summary import ATTENTIONS
@@ -86,6 +86,7 @@ class Counts:
         self._stack = [_Frame(ROOT)]
         self._around: _Call | None = None  # the attention call that is being computed
         self._own = False  # by a kernel of ours
+        self._whole = False  # inside of an operator that counts as a whole
         self._depth = 0  # of calls of the runner
         self._exit = ExitStack()
 
@@ -208,9 +209,26 @@ class Counts:
 
     # ---- operators
 
+    def whole(self, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+        """Run a norm that is one kernel, though a dispatch mode makes torch write it out in small operators."""
+        self._whole, before = True, self._whole
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._whole = before
+        frame = self._stack[-1]
+        if self.alive is not None:
+            self.alive.see((args, kwargs), out, frame.scope.module)
+        if not before and not self._own:
+            read = sum(map(costs.nbytes, costs.tensors([args, kwargs])))
+            self._add(NORMALISATION, 0, out.numel(), read + costs.nbytes(out))
+        return out
+
     def count(self, func: costs.Operator, args: tuple, kwargs: dict, out: Any) -> None:
         """An operator has run."""
         frame, known = self._stack[-1], costs.signature(func)
+        if self._whole:
+            return
         if self.alive is not None:
             self.alive.see((args, kwargs), out, frame.scope.module)
         if self._own:
@@ -380,11 +398,18 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is F.rms_norm and _is_one_kernel(args[0] if args else kwargs["input"]):
+            return self._counts.whole(func, args, kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         q, k, v = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value")))
         with self._counts.attending(q, k, v, "BHND"):
             return func(*args, **kwargs)
+
+
+def _is_one_kernel(x: Tensor) -> bool:
+    """Whether torch has a kernel for the RMSNorm of x: on a GPU, for which a fake tensor stands."""
+    return x.device.type == "cuda" or isinstance(x, FakeTensor)
 
 
 class _Operators(TorchDispatchMode):
