@@ -107,14 +107,7 @@ def find(name: str, size: Iterable[int] = ()) -> Counter[Shape]:
     """The calls of one forward of ``name`` at ``size`` (height, width, frames; its default if empty), with their counts."""
     denoiser = models.denoiser(name, device="meta")
     cls = type(denoiser).__name__
-    if cls in BY_VALUE:
-        _keep_values(denoiser, BY_VALUE[cls])
-    inputs = models.inputs(name, *size, device="cpu" if cls in BY_VALUE else "meta")
-    if cls == "MochiTransformer3DModel":  # its RoPE enters autocast, which the meta device does not have
-        angle = torch.empty(
-            1, denoiser.config.num_attention_heads, denoiser.config.attention_head_dim // 2, device="meta"
-        )
-        denoiser.rope.forward = lambda *args, **kwargs: (angle, angle)
+    inputs = models.inputs(name, *size, device=prepare(denoiser))
     recorder = _Recorder(cls, models.spec(name))
     for path, module in denoiser.named_modules():
         if hasattr(module, "processor"):
@@ -122,6 +115,20 @@ def find(name: str, size: Iterable[int] = ()) -> Counter[Shape]:
     with torch.no_grad(), recorder:
         denoiser(**inputs)
     return recorder.calls
+
+
+def prepare(denoiser: nn.Module) -> str:
+    """Make a denoiser on the meta device run there. Returns the device on which it needs its inputs."""
+    cls = type(denoiser).__name__
+    if cls == "MochiTransformer3DModel":  # its RoPE enters autocast, which the meta device does not have
+        angle = torch.empty(
+            1, denoiser.config.num_attention_heads, denoiser.config.attention_head_dim // 2, device="meta"
+        )
+        denoiser.rope.forward = lambda *args, **kwargs: (angle, angle)
+    if cls not in BY_VALUE:
+        return "meta"
+    _keep_values(denoiser, BY_VALUE[cls])
+    return "cpu"
 
 
 def _keep_values(denoiser: nn.Module, by_value: tuple[str, ...]) -> None:

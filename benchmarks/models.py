@@ -127,6 +127,8 @@ def build(config: Spec | str, *, device: torch.device | str, dtype: torch.dtype,
     with _random_weights(device, dtype, seed):
         module = cls(cls.config_class(**options)) if cls.__module__.startswith("transformers.") else cls(**options)
     keep = getattr(cls, "_keep_in_fp32_modules", None) or []
+    if cls.__module__.startswith("transformers.") and dtype != torch.float16:  # T5 overflows in fp16 only
+        keep = getattr(cls, "_keep_in_fp32_modules_strict", None) or []
     for path, part in module.named_modules():
         for leaf, parameter in part.named_parameters(recurse=False):
             if any(word in f"{path}.{leaf}".split(".") for word in keep):

@@ -122,7 +122,7 @@ def compare(
 
     for name, error in _checked(functions, make_inputs(len(sets)), check).items():
         errors[name] = max(errors[name], error)
-    control = _interval(_round_ratios(results, "control"))
+    control = interval(_round_ratios(results, "control"))
     noise = max(control[2] - 1, 1 - control[1])
     return {
         name: _comparison(name, results, noise, errors[name], timer.clocks()) for name in order if name != "baseline"
@@ -154,7 +154,7 @@ def _round_ratios(results: list[dict[str, list[float]]], name: str) -> np.ndarra
     return np.exp(logs)
 
 
-def _interval(ratios: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
+def interval(ratios: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
     """Median and its 95 % bootstrap interval. Seeded: the same samples always give the same verdict."""
     draws = np.random.default_rng(0).integers(0, len(ratios), (resamples, len(ratios)))
     medians = np.median(ratios[draws], axis=1)
@@ -164,7 +164,7 @@ def _interval(ratios: np.ndarray, resamples: int = 2000) -> tuple[float, float, 
 def _comparison(name, results, noise: float, error: float, clocks: str) -> Comparison:
     own = tuple(t for r in results for t in r[name])
     base = tuple(t for r in results for t in r["baseline"])
-    ratio, lo, hi = _interval(_round_ratios(results, name))
+    ratio, lo, hi = interval(_round_ratios(results, name))
     return Comparison(
         name=name,
         median_ms=float(np.median(own)),

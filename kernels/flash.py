@@ -28,6 +28,7 @@ from videoattn.call import Call, Mask
 from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
 from videoattn.kernels.triton_backend import (
     Launch,
+    Tile,
     TritonBackend,
     aligned,
     on_device_of,
@@ -293,4 +294,9 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
-BACKENDS = (TritonBackend("triton_flash", attend, _refuses),)
+def _tile_of(call: Call) -> Tile:
+    settings = config(call.head_dim, call.dtype.itemsize, _capability(call.device), call.mask != "none")
+    return Tile(settings["M"], settings["N"], settings["num_warps"])
+
+
+BACKENDS = (TritonBackend("triton_flash", attend, _refuses, _tile_of),)

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from videoattn.call import Call
 from videoattn.kernels.flash_hopper_device import M, forward
 from videoattn.kernels.tiles import parts
-from videoattn.kernels.triton_backend import TritonBackend, on_device_of, scale_log2
+from videoattn.kernels.triton_backend import Tile, TritonBackend, on_device_of, scale_log2
 
 LOADER_REGISTERS = 24
 
@@ -219,4 +219,9 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-BACKENDS = (TritonBackend("triton_hopper", attend, refuses),)
+def _tile_of(call: Call) -> Tile:
+    built = config(call.head_dim)
+    return Tile(M.value * built.GROUPS, built.N, 4 * (built.GROUPS + 1))  # the loader's registers are those of a group
+
+
+BACKENDS = (TritonBackend("triton_hopper", attend, refuses, _tile_of),)

@@ -28,6 +28,7 @@ from videoattn.call import Call
 from videoattn.kernels.tiles import MIN_PART, alignment, load_head, not_finite, parts, store_part
 from videoattn.kernels.triton_backend import (
     Launch,
+    Tile,
     TritonBackend,
     aligned,
     on_device_of,
@@ -236,4 +237,9 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
-BACKENDS = (TritonBackend("triton_temporal", attend, _refuses),)
+def _tile_of(call: Call) -> Tile:
+    settings = config(call.q_len, call.kv_len, call.heads, call.head_dim)
+    return Tile(settings["QP"], settings["KP"], settings["num_warps"])
+
+
+BACKENDS = (TritonBackend("triton_temporal", attend, _refuses, _tile_of),)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class Attend(Protocol):
         """
 
 
+class Tile(NamedTuple):
+    """How a kernel cuts a call: queries and keys of a tile, and the warps of the program that works on it."""
+
+    block_m: int
+    block_n: int
+    warps: int
+
+
 class TritonBackend:
     """An exact kernel of ours: fp16, bf16 or fp32 on NVIDIA cards from compute capability 8.0.
 
@@ -39,13 +47,21 @@ class TritonBackend:
         name: the backend's name.
         attend: the kernel's launcher.
         refuses: the kernel's own limits: (call) -> reason or None.
+        tile: how the launcher cuts a call; None for one that does not say.
     """
 
     own = True
 
-    def __init__(self, name: str, attend: Attend, refuses: Callable[[Call], str | None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        attend: Attend,
+        refuses: Callable[[Call], str | None],
+        tile: Callable[[Call], Tile | None] = lambda call: None,
+    ) -> None:
         self.name = name
         self.attend = attend
+        self.tile = tile
         self._refuses = refuses
 
     def __repr__(self) -> str:

@@ -189,7 +189,7 @@ def test_a_file_that_is_no_table_is_refused(spoil, tmp_path):
 
 
 def test_the_shipped_tables_are_sound():
-    paths = list(measured.TABLES.iterdir())
+    paths = list(measured.TABLES.glob("sm_*.json"))
     assert "sm_90.json" in {path.name for path in paths}
     names = {known.name for known in backend.backends()}
     for path in paths:

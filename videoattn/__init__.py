@@ -11,6 +11,7 @@ from videoattn.api import (
     disable_fast_attention,
     enable_fast_attention,
     fast_attention,
+    profile,
     report,
     warmup,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "disable_fast_attention",
     "enable_fast_attention",
     "fast_attention",
+    "profile",
     "report",
     "warmup",
 ]

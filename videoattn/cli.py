@@ -20,6 +20,9 @@ from videoattn import generation
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from videoattn.profiling.comparison import Comparison
+    from videoattn.profiling.profile import Profile
+
 OK, FAULT, WRONG_USE = 0, 1, 2
 BENCHMARKS = {
     "all": "attention, dense, dispatch, forward, host_time and temporal",
@@ -28,6 +31,7 @@ BENCHMARKS = {
     "dispatch": "what exact attention chooses there, against torch's choice",
     "forward": "whole denoisers at real sizes",
     "host_time": "host time that a call costs more",
+    "io_bytes": "HBM bytes of our kernels: the profiler's I/O model against ncu's counters",
     "suite": "seconds of make test and make demo",
     "temporal": "temporal attention against the best of torch's kernels and against a copy",
     "warmup": "what the first generation takes longer",
@@ -73,6 +77,49 @@ def _parser() -> Parser:
     generation.add_arguments(command, out="outputs/video.mp4")
     command.set_defaults(run=_generate)
 
+    command = commands.add_parser("profile", help="where the time and the memory of a generation go, by operator")
+    command.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a name in benchmarks/models.toml")
+    generation.add_arguments(command, out="outputs/profile", preset="none")
+    command.add_argument("--commit", default="", help="of the code that is measured, for the report's environment")
+    command.set_defaults(run=_profile)
+
+    command = commands.add_parser("compare", help="a generation without and with fast attention: time, memory, quality")
+    command.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a name in benchmarks/models.toml")
+    generation.add_arguments(command, out="outputs/compare")
+    command.add_argument(
+        "--rounds", type=int, default=3, help="of two runs each, without and with (default: %(default)s)"
+    )
+    command.add_argument(
+        "--control", type=int, metavar="STEPS", help="steps of the base run that makes as many network calls; 0: none"
+    )
+    command.add_argument("--lpips-weights", type=Path, metavar="PATH", help="of torchvision's AlexNet, for LPIPS")
+    command.add_argument("--commit", default="", help="of the code that is measured, for the report's environment")
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser(
+        "report", help="HTML, Markdown and text again from the JSON of a profile or comparison"
+    )
+    command.add_argument("file", metavar="RUN.JSON", type=Path, help="report.json of such a run")
+    command.add_argument("--out", type=Path, default=Path("outputs/report"), help="(default: %(default)s)")
+    command.set_defaults(run=_report)
+
+    command = commands.add_parser("plan", help="what a generation will cost, from a model's config: no weights, no GPU")
+    command.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a name in benchmarks/models.toml")
+    for name, what in (
+        ("height", "in pixels"),
+        ("width", "in pixels"),
+        ("frames", "of the video"),
+        ("steps", "denoising"),
+    ):
+        command.add_argument(f"--{name}", type=int, help=f"{what} (default: the pipeline's)")
+    command.add_argument(
+        "--card",
+        default="h200",
+        help="whose ceilings to take: a shipped card, or a profile's report.json (%(default)s)",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
+    command.set_defaults(run=_plan)
+
     command = commands.add_parser("doctor", help="what works in this environment, and what does not")
     command.set_defaults(run=_doctor)
 
@@ -104,9 +151,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.out.suffix != ".mp4":
         raise ValueError(f"--out: wanted a file that ends in .mp4, got {args.out}")
     settings = generation.Settings.of(args)
-    pipe = _load(args.model)
-    if args.model in _random_models() and generation.needs_image(pipe) and settings.image is None:
-        settings = dataclasses.replace(settings, image=generation.synthetic_image(1024, 576))
+    pipe, settings = _loaded(args.model, settings)
     videoattn.enable_fast_attention(pipe, args.preset)
     made = generation.generate(pipe, settings)
     write_video(made.frames, args.out)
@@ -114,6 +159,73 @@ def _generate(args: argparse.Namespace) -> int:
     print(f"{args.out}: {len(made.frames)} frames, {made.seconds:.1f} s, {made.calls} calls of the denoiser, ", end="")
     print(f"peak {made.peak_gib:.2f} GiB ({made.memory})")
     return OK
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from videoattn.profiling import folder, recorder, shown
+
+    folder.require_writable(args.out)
+    settings = generation.Settings.of(args)
+    pipe, settings = _loaded(args.model, settings)
+    if args.preset != generation.UNTOUCHED:
+        videoattn.enable_fast_attention(pipe, args.preset)
+    arguments = generation.call_arguments(pipe, settings)
+    try:
+        with shown.passes(recorder.PASSES) as told:
+            made = recorder.record(pipe, arguments, progress=told, commit=args.commit)
+    except recorder.ProfileAborted as aborted:
+        folder.write(aborted.profile, args.out)
+        print(aborted.profile)
+        print(f"{args.out}: partial, the generation broke off: {aborted.profile.error}", file=sys.stderr)
+        return FAULT
+    return _written(made, args.out)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from videoattn.profiling import compare, folder, shown
+
+    folder.require_writable(args.out)
+    settings = generation.Settings.of(args)
+    pipe, settings = _loaded(args.model, settings)
+    with shown.passes(compare.runs(args.rounds)) as told:
+        made = compare.compare(
+            pipe,
+            policy=args.preset,
+            rounds=args.rounds,
+            control=args.control,
+            lpips_weights=args.lpips_weights,
+            progress=told,
+            commit=args.commit,
+            **generation.call_arguments(pipe, settings),
+        )
+    return _written(made, args.out)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from videoattn.profiling import folder
+
+    folder.require_writable(args.out)
+    made = folder.read(args.file)
+    (args.out / "report.txt").write_text(str(made), encoding="utf-8")
+    return _written(made, args.out)
+
+
+def _written(made: Profile | Comparison, out: Path) -> int:
+    """Writes a report and prints its table and its files."""
+    from videoattn.profiling import folder
+
+    files = folder.write(made, out)
+    print(made)
+    print("\n".join(f"{file}: {file.stat().st_size / 2**10:.0f} KiB" for file in files))
+    return OK
+
+
+def _loaded(model: str, settings: generation.Settings) -> tuple[DiffusionPipeline, generation.Settings]:
+    """The pipeline that MODEL names, and the settings with the picture that one with random weights starts from."""
+    pipe = _load(model)
+    if model in _random_models() and generation.needs_image(pipe) and settings.image is None:
+        settings = dataclasses.replace(settings, image=generation.synthetic_image(1024, 576))
+    return pipe, settings
 
 
 def _load(model: str) -> DiffusionPipeline:
@@ -133,6 +245,17 @@ def _random_models() -> tuple[str, ...]:
     from videoattn.benchmarks import models
 
     return models.loadable()
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from videoattn.profiling.plan import plan
+
+    made = plan(args.model, args.height, args.width, args.frames, args.steps, card=args.card)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(made.to_json(), encoding="utf-8")
+    print(made, end="")
+    return OK
 
 
 def _doctor(args: argparse.Namespace) -> int:

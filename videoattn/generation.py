@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 GIB = 2**30
+UNTOUCHED = "none"  # as a preset: the pipeline as diffusers made it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ class Generation:
     """What `peak_gib` counts."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
-    """The flags that every command has; `out` is the default of --out."""
+def add_arguments(parser: argparse.ArgumentParser, *, out: str, preset: str = "balanced") -> None:
+    """The flags that every command has; `out` and `preset` are defaults, and with `preset` "none" that is a choice too."""
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it shall not show")
     parser.add_argument("--image", metavar="PATH", help="first frame, for image-to-video pipelines")
@@ -82,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument("--height", type=int, help="in pixels (default: the pipeline's)")
     parser.add_argument("--width", type=int, help="in pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, help="of the video (default: the pipeline's)")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="balanced", help="(default: %(default)s)")
+    choices = (UNTOUCHED, *PRESETS) if preset == UNTOUCHED else tuple(PRESETS)
+    parser.add_argument("--preset", choices=choices, default=preset, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(out), help="(default: %(default)s)")
 
 

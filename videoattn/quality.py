@@ -8,8 +8,11 @@ Letters: T frames, H height, W width, C channels; for attention B batch, N token
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 import videoattn
 
 SSIM_WINDOW = 11  # pixels: a Gaussian of sigma 1.5, cut at 3.5 sigma
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights under LPIPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,46 @@ def compare_videos(video: object, reference: object) -> VideoDifference:
         flicker_psnr=psnr(motion, reference_motion) if len(motion) else float("inf"),
         motion=float(np.square(motion).sum()) / energy if energy else float("nan"),
     )
+
+
+def lpips(video: object, reference: object, weights: Path | None = None) -> float | str:
+    """LPIPS of `video` to `reference` with AlexNet, mean over the frames; or why it was not computed.
+
+    Nothing is ever downloaded: the package lpips brings its own heads, the weights of torchvision's AlexNet must be here.
+
+    Args:
+        video, reference: as for `compare_videos`.
+        weights: file of these weights; None looks where torch.hub keeps them.
+
+    Raises:
+        ValueError: shapes differ, values outside 0..1, or `weights` is named and not there.
+    """
+    if weights is not None and not weights.is_file():
+        raise ValueError(f"lpips: wanted a file with the weights of AlexNet, got {weights}")
+    missing = [name for name in ("lpips", "torchvision") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"no package {' and '.join(missing)} here"
+    weights = weights or Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    if not weights.is_file():
+        return f"no weights of AlexNet in {weights}"
+    video, reference = _frames(video), _frames(reference)
+    if video.shape != reference.shape:
+        raise ValueError(f"lpips: wanted two videos of one shape, got {video.shape} and {reference.shape}")
+    try:
+        import lpips as package
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter where it was built for another torch
+        return f"the package lpips does not work here: {' '.join(str(error).split())}"
+    model = package.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()  # heads of the package, an empty AlexNet
+    stored = torch.load(weights, map_location="cpu", weights_only=True)
+    # The package cuts AlexNet into slices that keep the layers' numbers: "slice2.3.weight" is "features.3.weight".
+    named = itertools.chain(model.net.named_parameters(), model.net.named_buffers())
+    model.net.load_state_dict({name: stored[f"features.{name.split('.', 1)[1]}"] for name, _ in named})
+    with torch.inference_mode():
+        pairs = (
+            (torch.from_numpy(frame).permute(2, 0, 1)[None].float() * 2 - 1 for frame in pair)
+            for pair in zip(video, reference, strict=True)
+        )
+        return float(np.mean([model(*pair).item() for pair in pairs]))  # it takes -1..1
 
 
 def attention_error(out: Tensor, reference: Tensor) -> AttentionError:

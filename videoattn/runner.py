@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,20 @@ class Plan:
     run: Run
     flag: Tensor | None = None
     calls: int = 0
+
+
+class Watcher(Protocol):
+    """A profiler that wants to know which kernel computes a call: kernels of ours are launched past torch's dispatcher."""
+
+    def begin(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """The plan is about to run on these tensors, which lie in its call's layout."""
+
+    def end(self) -> None:
+        """It has run, or has raised."""
+
+
+watchers: list[Watcher] = []
+"""Those that watch right now; empty but while a profiler records."""
 
 
 class Runner:
@@ -111,6 +126,8 @@ class Runner:
             plan = self.plans[key] = self._plan(q, k, v, mask, kv_len, layout, causal)
             self.planning_seconds += perf_counter() - started
         plan.calls += 1
+        if watchers:
+            return _watched(plan, q, k, v, mask, kv_len, scale)
         return plan.run(q, k, v, mask, kv_len, scale)
 
     def _plan(self, q, k, v, mask, kv_len, layout, causal) -> Plan:
@@ -164,6 +181,17 @@ class Runner:
             choice = select(plan.call, EXACT, failed=lambda backend: reason if backend.own else None)
             plan.run = choice.backend.plan(plan.call, EXACT)
         plan.choice = replace(choice, why=reason)
+
+
+def _watched(plan: Plan, q, k, v, mask, kv_len, scale) -> Tensor:
+    present = tuple(watchers)
+    for watcher in present:
+        watcher.begin(plan, q, k, v)
+    try:
+        return plan.run(q, k, v, mask, kv_len, scale)
+    finally:
+        for watcher in reversed(present):
+            watcher.end()
 
 
 _numbers = itertools.count()

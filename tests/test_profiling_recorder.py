@@ -1,0 +1,303 @@
+"""Profiles of pipelines whose costs are known, and of the tiny pipelines of every family."""
+
+import collections
+import re
+import time
+
+import pytest
+import torch
+from attention_kinds import EXPECTED
+from torch import nn
+
+import videoattn
+from videoattn.profiling import ceilings, recorder, summary
+from videoattn.profiling.profile import Ceilings, Profile
+from videoattn.profiling.scopes import Scopes
+
+SLEEPS = {  # operator of another library -> (what it counts as, seconds)
+    "conv_sleep": ("convolution", 0.030),
+    "gemm_sleep": ("linear", 0.020),
+    "layer_norm_sleep": ("normalisation", 0.010),
+    "flash_attention_sleep": ("attention", 0.040),
+}
+_library = torch.library.Library("profiled_toy", "DEF")
+for _name, (_, _seconds) in SLEEPS.items():
+    _library.define(f"{_name}(Tensor x) -> Tensor")
+    _library.impl(_name, lambda x, s=_seconds: (time.sleep(s), x.clone())[1], "CompositeExplicitAutograd")
+GEMM = 1024  # a square product takes tens of milliseconds on one core
+
+
+@pytest.fixture(autouse=True)
+def no_measurement(monkeypatch):
+    """The machine's ceilings are another test's."""
+    found = Ceilings(flops={"float32": 1e11}, copy_bandwidth=1e10)
+    monkeypatch.setattr(ceilings, "measure", lambda *_: found)
+
+
+class Sleeper(nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op = getattr(torch.ops.profiled_toy, op)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Idle(nn.Module):
+    """Python that calls no operator."""
+
+    def forward(self, x):
+        time.sleep(0.015)
+        return x
+
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in SLEEPS:
+            setattr(self, name, Sleeper(name))
+        self.idle = Idle()
+        self.proj = nn.Linear(GEMM, GEMM, bias=False)
+
+    def forward(self, x, timestep=None):
+        for name in SLEEPS:
+            x = getattr(self, name)(x)
+        return self.proj(self.idle(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder = Sleeper("conv_sleep")
+
+    def decode(self, x):
+        return self.decoder(x)
+
+
+class Toy:
+    """What the profiler needs of a pipeline, and no more."""
+
+    def __init__(self, fails_at=None):
+        self.transformer, self.vae, self.scheduler = Denoiser(), Decoder(), None
+        self.fails_at = fails_at
+
+    @property
+    def components(self):
+        return {"transformer": self.transformer, "vae": self.vae, "scheduler": self.scheduler}
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=2, generator=None):
+        x = torch.randn(GEMM, GEMM, generator=generator)
+        for step in range(num_inference_steps):
+            if step == self.fails_at:
+                raise RuntimeError("the card is on fire")
+            x = self.transformer(x / 32)
+        return self.vae.decode(x)
+
+
+def parts(pipe):
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
+def assert_untouched(pipe):
+    for part in parts(pipe):
+        for module in part.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+            assert "decode" not in vars(module)
+    assert "_progress_bar_config" not in vars(pipe)
+
+
+def test_shares_of_operators_that_take_known_times():
+    pipe = Toy()
+    with torch.no_grad():  # the products have no known time: take theirs
+        x = torch.randn(GEMM, GEMM)
+        products = []
+        for _ in range(7):
+            started = time.perf_counter()
+            pipe.transformer.proj(x)
+            products.append(time.perf_counter() - started)
+    product = sorted(products)[3]
+    steps = 3
+    made = recorder.record(pipe, {"num_inference_steps": steps}, clean_runs=1)
+    expected = collections.Counter({"host gaps": 0.015 * steps, "VAE decode": 0.030, "linear": product * steps})
+    for operator, seconds in SLEEPS.values():
+        expected["attention of unknown kind" if operator == "attention" else operator] += seconds * steps
+    total = sum(expected.values())
+    shares = {share.name: share.share for share in summary.categories(made)}
+    for name, seconds in expected.items():
+        assert shares[name] == pytest.approx(seconds / total, abs=0.03), (name, shares)
+    assert_untouched(pipe)
+
+
+def test_every_module_has_its_own_time_and_work():
+    made = recorder.record(Toy(), {"num_inference_steps": 2}, clean_runs=1)
+    rows = {(row.module, row.operator): row for row in made.rows}
+    assert rows["transformer.conv_sleep", "convolution"].ms == pytest.approx(60, rel=0.2)
+    assert rows["transformer.conv_sleep", "convolution"].calls == 2
+    assert rows["transformer.idle", "host"].ms == pytest.approx(30, rel=0.2)
+    assert rows["vae.decoder", "convolution"].stage == "vae.decode"
+    product = rows["transformer.proj", "linear"]
+    assert product.flops == 2 * 2 * GEMM**3
+    assert product.bytes == 2 * 3 * 4 * GEMM**2
+    assert sum(row.ms for row in made.rows) == pytest.approx(made.recorded_ms, rel=0.02)
+
+
+def test_a_generation_that_raises_leaves_a_marked_report():
+    pipe = Toy(fails_at=1)
+    with pytest.raises(recorder.ProfileAborted, match="the card is on fire") as raised:
+        recorder.record(pipe, {"num_inference_steps": 2})
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    made = raised.value.profile
+    assert made.error == "RuntimeError: the card is on fire"
+    assert made.clean_ms == () and made.recorded_ms > 0
+    rows = {(row.module, row.operator): row.calls for row in made.rows}
+    assert rows["transformer.conv_sleep", "convolution"] == 1  # the step before
+    assert ("vae.decoder", "convolution") not in rows
+    assert Profile.from_json(made.to_json()).to_json() == made.to_json()
+    assert_untouched(pipe)
+
+
+def test_a_user_who_interrupts_is_obeyed(monkeypatch):
+    pipe = Toy()
+
+    def interrupt(x, timestep=None):
+        raise KeyboardInterrupt
+
+    pipe.transformer.forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        recorder.record(pipe, {})
+    assert_untouched(pipe)
+
+
+def test_what_cannot_be_profiled_is_told_before_anything_runs(tmp_path):
+    pipe = Toy(fails_at=0)  # would raise
+    with pytest.raises(TypeError, match="pipe: wanted a pipeline of diffusers, got Denoiser"):
+        videoattn.profile(Denoiser())
+    with pytest.raises(ValueError, match="num_inference_steps: wanted at least 1, got 0"):
+        videoattn.profile(pipe, num_inference_steps=0)
+    with pytest.raises(ValueError, match="Toy takes no prompt"):
+        videoattn.profile(pipe, prompt="a cat")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="wanted a folder that can be written, got .*file"):
+        videoattn.profile(pipe, out=tmp_path / "file")
+    without = Toy()
+    del without.transformer
+    type(without).components, before = property(lambda self: {"vae": self.vae}), type(without).components
+    try:
+        with pytest.raises(ValueError, match="Toy: wanted a pipeline with a denoiser, got one without"):
+            videoattn.profile(without)
+    finally:
+        type(without).components = before
+
+
+def test_hooks_go_where_installing_them_fails():
+    pipe = Toy()
+    components = {"transformer": pipe.transformer, "scheduler": _Locked()}
+    with pytest.raises(AttributeError), Scopes(components, recorder.Ranges()):
+        pass
+    assert_untouched(pipe)
+
+
+class _Locked:
+    def step(self):
+        pass
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+
+def profiled(name, **options):
+    from tiny_pipelines import build, inputs
+
+    pipe = build(name)
+    arguments = inputs(name, pipe) | options
+    return pipe, recorder.record(pipe, arguments, clean_runs=1)
+
+
+PLAIN = {"mochi": {("time_embed.pooler", "text")}}  # attention without a processor: no site of ours, but it takes time
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_attention_call_of_the_tiny_pipelines_has_its_site_and_kind(name):
+    _, made = profiled(name)
+    kinds = EXPECTED[name][1]
+    called = [call for call in made.calls if call.step >= 0]
+    seen = {(re.sub(r"(?<=\.)\d+", "#", call.site.partition(".")[2]), call.kind) for call in called}
+    assert seen == set(kinds.items()) | PLAIN.get(name, set())
+    assert summary.labelled_share(made) >= 0.99
+    assert summary.named_share(made) >= 0.97
+    steps = {call.step for call in called}
+    assert len(steps) >= 2 and steps == set(range(min(steps), max(steps) + 1))  # image to image skips the first
+    assert {call.steps for call in called} == {max(steps) + 1}
+    assert all(call.ms > 0 and call.flops > 0 and call.bytes > 0 for call in called)
+    failed = {check.name for check in made.checks if not check.passed}
+    assert failed <= {"cost of recording"}, made.checks  # a few milliseconds of work on a busy machine
+    assert Profile.from_json(made.to_json()).to_json() == made.to_json()
+
+
+def test_two_denoisers():
+    _, made = profiled("wan22")
+    assert len(made.denoisers) == 2
+    assert {call.site.partition(".")[0] for call in made.calls if call.step >= 0} == {"transformer", "transformer_2"}
+
+
+def test_a_patched_pipeline_shows_our_backends_and_the_same_calls():
+    from tiny_pipelines import build, inputs
+
+    pipe = build("wan")
+    plain = recorder.record(pipe, inputs("wan", pipe), clean_runs=1)
+    videoattn.enable_fast_attention(pipe, "exact")
+    fast = recorder.record(pipe, inputs("wan", pipe), clean_runs=1)
+
+    def places(made):
+        return [(c.site, c.kind, c.step, c.branch, c.q_len, c.kv_len, c.heads, c.head_dim) for c in made.calls]
+
+    assert fast.policy == "exact" and plain.policy == ""
+    assert places(fast) == places(plain)
+    assert sum(c.flops for c in fast.calls) == sum(c.flops for c in plain.calls)
+    assert not [check for check in fast.checks if not check.passed and check.name != "cost of recording"]
+    videoattn.disable(pipe)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            assert not any(module._forward_pre_hooks or module._forward_hooks for module in part.modules())
+
+
+def test_compiled_blocks_are_regions_and_the_report_says_so():
+    from tiny_pipelines import build, inputs
+
+    torch._dynamo.reset()
+    pipe = build("wan")
+    for block in pipe.transformer.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    arguments = inputs("wan", pipe)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = dict(graphs)
+    pipe(**arguments | {"generator": torch.Generator().manual_seed(0)})
+    made_graphs = graphs["unique_graphs"] - before.get("unique_graphs", 0)
+    made = recorder.record(pipe, arguments, clean_runs=1)
+    assert graphs["unique_graphs"] - before.get("unique_graphs", 0) == made_graphs  # no recompilation
+    assert any("compiled" in note for note in made.notes)
+    calls = [call for call in made.calls if call.step >= 0]
+    assert {call.kind for call in calls} == {"full", "cross"}
+    assert all(call.ms > 0 for call in calls)
+    assert {row.module for row in made.rows if row.operator == "full"} == {
+        f"transformer.blocks.{index}" for index in range(len(pipe.transformer.blocks))
+    }
+    torch._dynamo.reset()
+
+
+def test_nothing_is_different_afterwards():
+    from tiny_pipelines import build, run
+
+    pipe = build("svd")
+    before = run("svd", pipe)
+    state = torch.random.get_rng_state()
+    config = dict(pipe._progress_bar_config)
+    from tiny_pipelines import inputs
+
+    made = recorder.record(pipe, inputs("svd", pipe), clean_runs=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert pipe._progress_bar_config == config
+    assert torch.equal(run("svd", pipe), before)
+    assert made.memory.peak_bytes > made.memory.weights_bytes > 0
+    assert "decode" not in vars(pipe.vae) and "step" not in vars(pipe.scheduler)

@@ -1,0 +1,448 @@
+"""FLOPs, bytes and attention calls of a run, operator by operator, in a pass of its own; fake tensors do as well as real ones.
+
+    counts = Counts(where=clock.where)
+    with Scopes(components, counts, pipe), counts:
+        pipe(...)
+    counts.rows(), counts.calls
+
+A dispatch mode sees the operators, a function mode sees `F.scaled_dot_product_attention` around those that it runs, and
+`runner.watchers` tells of attention that our own kernels compute, which no mode sees. Every operator counts once: what runs
+inside of an attention call of ours is not counted beside it.
+
+The output keeps its bits: operators run as they were called. The function mode hides the fused path of
+`nn.MultiheadAttention`, which no video pipeline of diffusers has. Tensor subclasses (quantised weights) write themselves out
+in plain operators first, and those are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from videoattn import runner
+from videoattn.profiling import costs
+from videoattn.profiling.alive import Alive
+from videoattn.profiling.categories import ATTENTION, NORMALISATION, SDPA, SDPA_BACKENDS, operator_of
+from videoattn.profiling.profile import AttentionCall
+from videoattn.profiling.scopes import ROOT, Scope
+from videoattn.profiling.summary import ATTENTIONS
+
+if TYPE_CHECKING:
+    from videoattn.runner import Plan
+
+Where = Callable[[], tuple[int, int, str]]
+"""(step, steps, branch) of now; step -1 outside of a denoiser."""
+
+Key = tuple[str, str, str]
+"""(stage, module, operator)."""
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+_FUSED = SDPA - {"_native_multi_head_attention"}  # what takes q, k and v
+_PRODUCTS = ("bmm", "baddbmm")
+_SOFTMAX = ("_softmax", "_safe_softmax", "softmax")
+_BESIDE_TEMPORAL = ("spatial", "full", "joint")
+
+
+class Work(NamedTuple):
+    """What operators of one kind in one module did.
+
+    Args:
+        calls: operators that computed or moved something; views are none.
+        flops: of matrix products and convolutions.
+        pointwise: elements written by the others, layout copies excepted.
+        bytes: inputs read once, outputs written once, each operator for itself.
+    """
+
+    calls: int = 0
+    flops: int = 0
+    pointwise: int = 0
+    bytes: int = 0
+
+
+class Counts:
+    """A context that counts; also a listener of `Scopes` and a watcher of `runner`.
+
+    Args:
+        where: asked at every attention call.
+        memory: follow what is alive, for `peak_bytes`; what was made before the context counts nothing.
+    """
+
+    def __init__(self, *, where: Where = lambda: (-1, 0, ""), memory: bool = False) -> None:
+        self.alive = Alive() if memory else None
+        self._where = where
+        self._rows: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+        self._calls: list[_Call] = []
+        self._stack = [_Frame(ROOT)]
+        self._around: _Call | None = None  # the attention call that is being computed
+        self._own = False  # by a kernel of ours
+        self._whole = False  # inside of an operator that counts as a whole
+        self._depth = 0  # of calls of the runner
+        self._exit = ExitStack()
+
+    def __enter__(self) -> None:
+        self._exit.enter_context(_Functions(self))
+        self._exit.enter_context(_Operators(self))
+        if self not in runner.watchers:
+            runner.watchers.append(self)
+            self._exit.callback(runner.watchers.remove, self)
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def rows(self) -> dict[Key, Work]:
+        """Work by (stage, module, operator). Attention in a row is what ran: with keys left out it is less than in `calls`."""
+        return {key: Work(*row) for key, row in self._rows.items()}
+
+    @property
+    def calls(self) -> tuple[AttentionCall, ...]:
+        """Attention calls in the order of the run, their `ms` 0."""
+        return tuple(call.fact() for call in self._calls)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was alive at once of what was made here."""
+        return self.alive.peak if self.alive else 0
+
+    @property
+    def peak_module(self) -> str:
+        """The module that was running then."""
+        return self.alive.module if self.alive else ""
+
+    def overcounted(self) -> float:
+        """FLOPs of attention in the rows over those of the calls, which are known by their shapes: over 1, something counts twice."""
+        rows = sum(row[1] for (_, _, operator), row in self._rows.items() if operator in ATTENTIONS)
+        calls = sum(call.flops for call in self._calls)
+        return rows / calls if calls else float(rows > 0)
+
+    # ---- a listener of Scopes
+
+    def enter(self, scope: Scope) -> None:
+        self._stack.append(_Frame(scope, self._stack[-1]))
+
+    def leave(self, scope: Scope) -> None:
+        self._stack.pop().settle()
+
+    # ---- a watcher of the runner
+
+    def begin(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._depth += 1
+        name, own = plan.choice.backend.name, plan.choice.backend.own
+        if self._around is not None:  # inside of the operator videoattn::attend, which counts
+            self._around.backend = self._around.backend or name
+            return
+        self._around = self._open(q, k, v, plan.call.layout)
+        self._around.backend, self._own = (name, True) if own else ("", False)
+
+    def end(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._around is not None and not self._around.is_operator:
+            call, self._around, self._own = self._around, None, False
+            self._close(call)
+
+    # ---- attention calls
+
+    @contextmanager
+    def attending(self, q: Tensor, k: Tensor, v: Tensor, layout: str, *, is_operator: bool = False) -> Iterator[None]:
+        """Around what computes one attention call."""
+        if self._around is not None:
+            yield
+            return
+        call = self._around = self._open(q, k, v, layout)
+        call.is_operator = is_operator
+        try:
+            yield
+        except BaseException:
+            self._calls.remove(call)
+            raise
+        finally:
+            self._around = None
+        self._close(call)
+
+    def _open(self, q: Tensor, k: Tensor, v: Tensor, layout: str) -> _Call:
+        batch, heads, q_len, head_dim = _sizes(q, layout)
+        _, kv_heads, kv_len, v_dim = _sizes(v, layout)
+        out = batch * heads * q_len * v_dim * q.element_size()
+        return self._call(
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            dtype=_name(q.dtype),
+            bytes=costs.nbytes(q) + costs.nbytes(k) + costs.nbytes(v) + out,
+        )
+
+    def _call(self, **facts: Any) -> _Call:
+        frame = self._stack[-1]
+        site = frame.attention or frame
+        step, steps, branch = self._where()
+        call = _Call(
+            stage=frame.scope.stage,
+            site=site.scope.module,
+            kind=frame.scope.kind,
+            step=step,
+            steps=steps,
+            branch=branch,
+            **facts,
+        )
+        self._calls.append(call)
+        frame.calls.append(call)
+        return call
+
+    def _close(self, call: _Call) -> None:
+        """Where no operator of the call was seen (a kernel of ours, a stand-in), it counts by its shapes."""
+        call.backend = call.backend or ("sdpa_math" if call.seen else "sdpa")
+        if not call.seen:
+            self._add(call.kind or ATTENTION, call.flops, 0, call.bytes)
+
+    # ---- operators
+
+    def whole(self, func: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+        """Run a norm that is one kernel, though a dispatch mode makes torch write it out in small operators."""
+        self._whole, before = True, self._whole
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._whole = before
+        frame = self._stack[-1]
+        if self.alive is not None:
+            self.alive.see((args, kwargs), out, frame.scope.module)
+        if not before and not self._own:
+            read = sum(map(costs.nbytes, costs.tensors([args, kwargs])))
+            self._add(NORMALISATION, 0, out.numel(), read + costs.nbytes(out))
+        return out
+
+    def count(self, func: costs.Operator, args: tuple, kwargs: dict, out: Any) -> None:
+        """An operator has run."""
+        frame, known = self._stack[-1], costs.signature(func)
+        if self._whole:
+            return
+        if self.alive is not None:
+            self.alive.see((args, kwargs), out, frame.scope.module)
+        if self._own:
+            return
+        flops, traffic = costs.flops(func, args, kwargs, out), costs.traffic(func, args, kwargs, out)
+        moved = traffic.read + traffic.written
+        if not flops and not moved:
+            return
+        call = self._around
+        if call is None and known.name in _FUSED:  # called past F.scaled_dot_product_attention
+            call = self._open(*args[:3], "BHND")
+            call.backend = SDPA_BACKENDS.get(known.name, known.name)
+        if call is not None:
+            operator = call.kind or ATTENTION
+            call.seen = call.seen or flops > 0
+            call.backend = call.backend or SDPA_BACKENDS.get(known.name, "")
+        else:
+            operator = operator_of(known.name, frame.scope.role, frame.scope.kind)
+            if operator == "layout" and costs.crosses(args, out):
+                operator = "transfer"
+            self._notice(frame, known.name, args, out)
+        self._add(operator, flops, traffic.elements if known.pointwise else 0, moved)
+        if operator == "layout":
+            frame.layout += moved
+
+    def _add(self, operator: str, flops: int, pointwise: int, moved: int) -> None:
+        scope = self._stack[-1].scope
+        row = self._rows[scope.stage, scope.module, operator]
+        for index, amount in enumerate((1, flops, pointwise, moved)):
+            row[index] += amount
+
+    def _notice(self, frame: _Frame, op: str, args: tuple, out: Any) -> None:
+        """Recover the calls of attention that is written out in an attention module: product, softmax, product."""
+        if frame.attention is None:
+            return
+        if op in ("mm", "addmm") and not frame.attention.width:  # the first projection is that of the queries
+            frame.attention.width = out.shape[-1]
+        if frame.scope.role != ATTENTION:
+            return
+        if op in _SOFTMAX:
+            frame.weights = out.shape
+        elif op in _PRODUCTS:
+            a, b = args[-2:]
+            if frame.scores is not None and len(frame.weights) > 2 and a.shape[-2:] == frame.weights[-2:]:
+                self._unfused(frame, frame.scores, b)
+                frame.scores, frame.weights = None, ()
+            else:
+                frame.scores = _Scores(*a.shape, b.shape[-1], costs.nbytes(a) + costs.nbytes(b))
+
+    def _unfused(self, frame: _Frame, scores: _Scores, v: Tensor) -> None:
+        heads = frame.weights[1] if len(frame.weights) == 4 else frame.width // scores.head_dim
+        if not heads or scores.rows % heads:
+            heads = 1
+        out = scores.rows * scores.q_len * v.shape[-1] * v.element_size()
+        call = self._call(
+            batch=scores.rows // heads,
+            heads=heads,
+            kv_heads=heads,
+            q_len=scores.q_len,
+            kv_len=scores.kv_len,
+            head_dim=scores.head_dim,
+            dtype=_name(v.dtype),
+            bytes=scores.bytes + costs.nbytes(v) + out,
+        )
+        call.backend = "unfused"
+
+
+class _Scores(NamedTuple):
+    """The first product of an attention that is written out, [rows, Nq, D] x [rows, D, Nk]."""
+
+    rows: int
+    q_len: int
+    head_dim: int
+    kv_len: int
+    bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """A scope that runs.
+
+    Args:
+        attention: the innermost attention module around it, itself included.
+        calls: attention calls in it.
+        layout: bytes of layout copies in its own code; in an attention module those of its parts too.
+        width: of an attention module: columns of its first projection, heads x head_dim.
+        scores, weights: the latest product, and the latest softmax's shape.
+    """
+
+    scope: Scope
+    parent: _Frame | None = None
+    attention: _Frame | None = None
+    calls: list[_Call] = field(default_factory=list)
+    layout: int = 0
+    width: int = 0
+    scores: _Scores | None = None
+    weights: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.attention = self if self.scope.role == ATTENTION else self.parent and self.parent.attention
+
+    def settle(self) -> None:
+        """It has ended: its copies go to the calls that they were made for.
+
+        Those are the calls of an attention module. Where a module's only self-attention is temporal (a temporal
+        transformer of a UNet), what its own code copies brings the frames together: those go to its temporal calls.
+        """
+        if self.attention is self:
+            _share(self.layout, self.calls)
+        elif self.attention is not None:
+            self.parent.layout += self.layout
+        elif not any(call.kind in _BESIDE_TEMPORAL for call in self.calls):
+            _share(self.layout, [call for call in self.calls if call.kind == "temporal"])
+        if self.parent is not None:
+            self.parent.calls += self.calls
+
+
+def _share(layout: int, calls: list[_Call]) -> None:
+    for call in calls:
+        call.layout_bytes += layout // len(calls)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Call:
+    """An `AttentionCall` in the making.
+
+    Args:
+        seen: whether an operator that computes it was counted.
+        is_operator: whether it runs inside of the operator videoattn::attend.
+    """
+
+    stage: str
+    site: str
+    kind: str
+    step: int
+    steps: int
+    branch: str
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    dtype: str
+    bytes: int
+    backend: str = ""
+    layout_bytes: int = 0
+    seen: bool = False
+    is_operator: bool = False
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.batch * self.heads * self.q_len * self.kv_len * self.head_dim
+
+    def fact(self) -> AttentionCall:
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return AttentionCall(ms=0.0, flops=self.flops, **facts)
+
+
+_FACTS = tuple(f.name for f in fields(_Call) if f.name not in ("seen", "is_operator"))
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.rms_norm and _is_one_kernel(args[0] if args else kwargs["input"]):
+            return self._counts.whole(func, args, kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value")))
+        with self._counts.attending(q, k, v, "BHND"):
+            return func(*args, **kwargs)
+
+
+def _is_one_kernel(x: Tensor) -> bool:
+    """Whether torch has a kernel for the RMSNorm of x: on a GPU, for which a fake tensor stands."""
+    return x.device.type == "cuda" or isinstance(x, FakeTensor)
+
+
+class _Operators(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(kind not in _PLAIN for kind in types):
+            return NotImplemented  # the subclass writes itself out in plain operators, which come here again
+        if costs.is_composite(func):
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+        if costs.signature(func).name != "videoattn::attend":
+            out = func(*args, **kwargs)
+            self._counts.count(func, args, kwargs, out)
+            return out
+        with self._counts.attending(*args[:3], args[6], is_operator=True):
+            out = func(*args, **kwargs)
+            self._counts.count(func, args, kwargs, out)
+            return out
+
+
+def _sizes(tensor: Tensor, layout: str) -> tuple[int, int, int, int]:
+    """Batch, heads, tokens and head_dim of q, k or v; torch's SDPA takes two dimensions and more."""
+    shape = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
+    *batch, a, b, head_dim = shape
+    heads, tokens = (b, a) if layout == "BNHD" else (a, b)
+    return math.prod(batch), heads, tokens, head_dim
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
