@@ -275,7 +275,7 @@ def attend(
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     b, nq, h, d = shape = q.shape
     _, nk, h_kv, _ = k.shape
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
     mask_strides, kind = (0, 0, 0, 0), "none"

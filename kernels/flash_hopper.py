@@ -162,7 +162,7 @@ def attend(
     q, k, v = readable(q), readable(k), readable(v)
     (b, nq, h, d), (_, nk, h_kv, _) = q.shape, k.shape
     built = config(d) if tuned is None else tuned
-    out = torch.empty((b, nq, h, d), dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device)
     q_tiles = -(-nq // (M.value * built.GROUPS))
     pieces = b * h * q_tiles

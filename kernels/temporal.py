@@ -217,7 +217,7 @@ def attend(
     *rows, nq, h, d = shape = q.shape
     nk, h_kv = k.shape[-3:-1]
     four = len(rows) == 1
-    out = torch.empty(shape, dtype=q.dtype, device=q.device) if four else torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format if four else torch.preserve_format)
     lse = torch.empty((*rows, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(out))
     launch = _plan(shape, nk, h_kv, strides, q.dtype, q.device, aligned(q, k, v))

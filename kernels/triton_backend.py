@@ -156,10 +156,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; this makes it x's where it is another one."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device(x.device)
 
 
