@@ -1,8 +1,8 @@
 """Where the time of the video models goes: a profile of each at its real size with random weights.
 
 Each generation is a real one of two to four steps, text encoder and VAE included. JSON goes to
-``results/profiles/<model>.json``, what the recording costs to ``profile_overhead.csv``: the wall time of the recorded pass
-over that of the untouched generation.
+``results/profiles/<model>.json``, figures of the reports to ``profile.csv``: `overhead`, the wall time of the recorded pass
+over that of the untouched generation; the shares of the time and of the attention calls that have a name; the page's size.
 
     python -m videoattn.benchmarks.profiles                         # three minutes on an H200
 """
@@ -18,7 +18,8 @@ import torch
 import videoattn
 from videoattn import generation
 from videoattn.benchmarks import models, results
-from videoattn.profiling import folder, recorder, summary
+from videoattn.profiling import folder, html, recorder, summary
+from videoattn.profiling.profile import Profile
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "tiny-wan"
 PROMPT = "a red circle moves left over a blue background"
@@ -63,12 +64,10 @@ def main(argv: list[str] | None = None) -> int:
             videoattn.enable_fast_attention(pipe, args.preset)
         arguments = generation.call_arguments(pipe, settings(pipe, size))
         made = recorder.record(pipe, arguments, commit=env["commit"])
-        case = name if args.preset == generation.UNTOUCHED else f"{name} {args.preset}"
+        case = case_of(name, size, args.preset)
         print(f"{case}\n{made}", flush=True)
-        _write(made, case, args)
-        figures = (("overhead", summary.overhead(made), "x"), ("clean_ms", summary.clean_ms(made), "ms"))
-        rows = [{"case": case, "metric": metric, "value": value, "unit": unit} for metric, value, unit in figures]
-        results.append_figures("profile_overhead", rows, env, args.results)
+        _write(made, name if args.preset == generation.UNTOUCHED else f"{name}-{args.preset}", args)
+        results.append_figures("profile", figures(case, made), env, args.results)
         failed += [f"{case}: {check.name}: {check.value}" for check in made.checks if not check.passed]
         del pipe
         if device.type == "cuda":
@@ -77,9 +76,26 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _write(made: object, case: str, args: argparse.Namespace) -> None:
+def case_of(name: str, size: dict[str, object], preset: str = generation.UNTOUCHED) -> str:
+    """As the other tables name it; the model that ships here has one size."""
+    case = name if name == TINY.name else f"{name} {size['height']}x{size['width']}x{size['frames']}"
+    return case if preset == generation.UNTOUCHED else f"{case} {preset}"
+
+
+def figures(case: str, made: Profile) -> list[dict[str, object]]:
+    """The rows of profile.csv."""
+    found = (
+        ("overhead", summary.overhead(made), "recorded/clean"),
+        ("clean_ms", summary.clean_ms(made), "ms"),
+        ("named_share", summary.named_share(made), "share"),
+        ("labelled_share", summary.labelled_share(made), "share"),
+        ("html_megabytes", len(html.render(made).encode()) / 1e6, "MB"),
+    )
+    return [{"case": case, "metric": metric, "value": value, "unit": unit} for metric, value, unit in found]
+
+
+def _write(made: Profile, name: str, args: argparse.Namespace) -> None:
     """The JSON without pictures: random weights show nothing."""
-    name = case.replace(" ", "-")
     path = args.results / "profiles" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dataclasses.replace(made, frames=()).to_json() + "\n")

@@ -3,100 +3,23 @@
 import pytest
 import torch
 from tiny_pipelines import build, inputs
-from torch import nn
 
 import videoattn
+from videoattn.benchmarks.toy import Toy, share_error
 from videoattn.profiling import ceilings, recorder, summary
 from videoattn.profiling.profile import Profile
 
 pytestmark = pytest.mark.gpu
-GEMM = 4096
-SPINS = {  # operator of another library -> (what it counts as, ms)
-    "conv_spin": ("convolution", 30.0),
-    "gemm_spin": ("linear", 20.0),
-    "layer_norm_spin": ("normalisation", 10.0),
-    "flash_attention_spin": ("attention of unknown kind", 40.0),
-}
-_library = torch.library.Library("profiled_gpu_toy", "DEF")
 
 
-def milliseconds(work):
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    work()
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
-@pytest.fixture(scope="module")
-def cycles():
-    """Of the spinning kernel in a millisecond."""
-    return 2e7 / milliseconds(lambda: torch.cuda._sleep(int(2e7)))
-
-
-class Spinner(nn.Module):
-    def __init__(self, op):
-        super().__init__()
-        self.op = op
-
-    def forward(self, x):
-        return getattr(torch.ops.profiled_gpu_toy, self.op)(x)
-
-
-class Denoiser(nn.Module):
-    def __init__(self):
-        super().__init__()
-        for name in SPINS:
-            setattr(self, name, Spinner(name))
-        self.proj = nn.Linear(GEMM, GEMM, bias=False, dtype=torch.bfloat16)
-
-    def forward(self, x):
-        for name in SPINS:
-            x = getattr(self, name)(x)
-        for _ in range(20):
-            x = self.proj(x) / 64
-        return x
-
-
-class Toy:
-    def __init__(self):
-        self.transformer = Denoiser().cuda()
-        self.components = {"transformer": self.transformer}
-
-    @torch.no_grad()
-    def __call__(self, num_inference_steps=2, generator=None):
-        x = torch.ones(GEMM, GEMM, device="cuda", dtype=torch.bfloat16)
-        for _ in range(num_inference_steps):
-            x = self.transformer(x)
-        return x
-
-
-def test_shares_of_kernels_that_take_known_times(cycles):
-    for name, (_, ms) in SPINS.items():
-        _library.define(f"{name}(Tensor x) -> Tensor")
-
-        def spin(x, ms=ms):
-            torch.cuda._sleep(int(ms * cycles))
-            return x.clone()
-
-        _library.impl(name, spin, "CompositeExplicitAutograd")
-    pipe = Toy()
-    x = torch.randn(GEMM, GEMM, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        product = milliseconds(lambda: [pipe.transformer.proj(x) for _ in range(20)])
+def test_shares_of_kernels_that_take_known_times():
+    pipe = Toy("cuda")
     made = recorder.record(pipe, {"num_inference_steps": 3})
-    expected = {"linear": product}
-    for operator, ms in SPINS.values():
-        expected[operator] = expected.get(operator, 0.0) + ms
-    total = summary.clean_ms(made) / 3
     shares = {share.name: share.share for share in summary.categories(made)}
-    for name, ms in expected.items():
-        assert shares[name] == pytest.approx(ms / total, abs=0.03), (name, shares)
+    assert share_error(shares, pipe.expected_ms(3)) < 3, shares
     assert made.clock == "device" and 0.9 < made.busy_ms / made.recorded_ms <= 1
     rows = {(row.module, row.operator): row for row in made.rows}
-    assert rows["transformer.proj", "linear"].flops == 3 * 20 * 2 * GEMM**3
+    assert rows["transformer.proj", "linear"].flops == 3 * pipe.products * 2 * pipe.size**3
     assert sum(row.ms for row in made.rows) == pytest.approx(max(summary.clean_ms(made), made.busy_ms), rel=1e-3)
 
 

@@ -5,13 +5,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import hand_counts
 import pytest
 import tiny_pipelines
 import torch
 
 from videoattn import cli
-from videoattn.benchmarks import find_shapes
+from videoattn.benchmarks import find_shapes, profile_truth
 from videoattn.profiling import cards
 from videoattn.profiling.counts import Counts
 from videoattn.profiling.described import Size, describe
@@ -29,15 +28,10 @@ def planned() -> dict[str, Plan]:
     return {name: plan(name, *size) for name, size in REAL.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "by_hand"),
-    [
-        ("wan-1.3b", hand_counts.wan_1_3b(480, 832, 81)),
-        ("animatediff", hand_counts.AnimateDiff(512, 512, 16).flops()),
-        ("svd-xt", hand_counts.SVD(576, 1024, 25).flops()),
-    ],
-)
-def test_flops_of_a_denoiser_are_those_of_its_formulas(planned, name, by_hand):
+@pytest.mark.parametrize("case", profile_truth.MODELS)
+def test_flops_of_a_denoiser_are_those_of_its_formulas(planned, case):
+    name, size, by_hand = profile_truth.MODELS[case]
+    assert size == REAL[name]
     (denoiser,) = planned[name].denoisers
     assert denoiser.flops == pytest.approx(by_hand, rel=0.01)
     assert denoiser.flops == by_hand  # and not only within the bar
