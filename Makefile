@@ -8,6 +8,9 @@ READY := $(VENV)/.ready
 TUNED_WITH := $(shell sed -n 's/^TUNED_WITH = "\(.*\)".*/\1/p' kernels/triton_backend.py)
 TUNED := $(VENV)/triton-$(TUNED_WITH)
 
+# Tests compute on one thread each. A file stays in one process, for what its tests share.
+WORKERS := 2
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu aot lint bench targets clean
 
@@ -28,7 +31,7 @@ demo: $(READY)  ## a video with and without enable_fast_attention, into outputs/
 	$(RUN) examples/text_to_video.py
 
 test: $(READY) $(TUNED)  ## every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu"
+	$(RUN) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 test-gpu: $(READY)  ## the tests that need an NVIDIA GPU
 	$(RUN) -m pytest -m gpu
