@@ -32,6 +32,8 @@ BENCHMARKS = {
     "forward": "whole denoisers at real sizes",
     "host_time": "host time that a call costs more",
     "io_bytes": "HBM bytes of our kernels: the profiler's I/O model against ncu's counters",
+    "profile_truth": "the profiler's shares and FLOPs against costs that are known",
+    "profiles": "where the time of the video models goes, a profile of each",
     "suite": "seconds of make test and make demo",
     "temporal": "temporal attention against the best of torch's kernels and against a copy",
     "warmup": "what the first generation takes longer",
