@@ -6,7 +6,6 @@ The operators are another library's, as far as torch knows: the profiler tells w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ OPERATORS = {  # -> (the category that the profiler should find, ms)
     "flash_attention_wait": ("attention of unknown kind", 40.0),
 }
 IDLE_MS = 15.0  # Python that calls no operator
-SIZE = {"cpu": 1024, "cuda": 4096}  # of the square product
-PRODUCTS = {"cpu": 1, "cuda": 20}  # a step
+SIZE = {"cpu": 512, "cuda": 4096}  # of the square product
+PRODUCTS = {"cpu": 4, "cuda": 20}  # a step
 
 _library = torch.library.Library("videoattn_toy", "DEF")
 for _name in OPERATORS:
@@ -34,6 +33,30 @@ def _wait(x: Tensor, ms: float) -> Tensor:
     else:
         time.sleep(ms / 1e3)
     return x.clone()
+
+
+class Clock:
+    """Times what is enqueued between its making and `stopped`: on a GPU by events, on a CPU by the wall."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks = [self._mark()]
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stopped(self) -> Clock:
+        self.marks.append(self._mark())
+        return self
+
+    @property
+    def ms(self) -> float:
+        start, end = self.marks
+        return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
 
 
 class _Waits(nn.Module):
@@ -60,13 +83,18 @@ class Denoiser(nn.Module):
         self.idle = _Idles()
         self.proj = nn.Linear(size, size, bias=False)
         self.products = products
+        self.clocks: list[Clock] = []  # around the products of each step: what they take is not known beforehand
 
     def forward(self, x: Tensor, timestep: object = None) -> Tensor:
         for name in OPERATORS:
             x = getattr(self, name)(x)
         x = self.idle(x)
+        kept = []  # freeing memory is no part of a product
+        clock = Clock(x.device)
         for _ in range(self.products):
-            x = self.proj(x) / 64
+            kept.append(x)
+            x = self.proj(x)
+        self.clocks.append(clock.stopped())
         return x
 
 
@@ -90,7 +118,7 @@ class Toy:
         self.vae, self.scheduler = Decoder(), None
         self.dtype = dtype
         if self.device.type == "cuda":
-            _cycles[torch.ones(1, device=self.device).device] = 2e7 / self._timed(lambda: torch.cuda._sleep(int(2e7)))
+            _cycles[torch.ones(1, device=self.device).device] = _cycles_of_a_millisecond(self.device)
 
     @property
     def components(self) -> dict[str, object]:
@@ -105,30 +133,24 @@ class Toy:
             x = self.transformer(x)
         return self.vae.decode(x)
 
-    @torch.no_grad()
-    def expected_ms(self, steps: int) -> dict[str, float]:
-        """Category -> milliseconds of a generation; the products have no given time and are timed alone."""
-        x = torch.ones(self.size, self.size, device=self.device, dtype=self.dtype)
-        product = self._timed(lambda: [self.transformer.proj(x) for _ in range(self.products)])
-        found = {"linear": product * steps, "VAE decode": OPERATORS["conv_wait"][1]}
+    def expected_ms(self, steps: int, run: int) -> dict[str, float]:
+        """Category -> milliseconds of the generation number `run`; the products take what clocks around them say."""
+        products = sum(clock.ms for clock in self.transformer.clocks[run * steps : (run + 1) * steps])
+        found = {"linear": products, "VAE decode": OPERATORS["conv_wait"][1]}
         if self.device.type == "cpu":
             found["host gaps"] = IDLE_MS * steps
         for category, ms in OPERATORS.values():
             found[category] = found.get(category, 0.0) + ms * steps
         return found
 
-    def _timed(self, work: Callable[[], object]) -> float:
-        """The median of several runs, ms."""
-        taken = []
-        for _ in range(7):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            started = time.perf_counter()
-            work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            taken.append((time.perf_counter() - started) * 1e3)
-        return sorted(taken)[3]
+
+def _cycles_of_a_millisecond(device: torch.device) -> float:
+    torch.cuda._sleep(int(2e7))
+    clock = Clock(device)
+    torch.cuda._sleep(int(2e7))
+    clock.stopped()
+    torch.cuda.synchronize(device)
+    return 2e7 / clock.ms
 
 
 def share_error(shares: dict[str, float], expected_ms: dict[str, float]) -> float:

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.gpu
 
 def test_shares_of_kernels_that_take_known_times():
     pipe = Toy("cuda")
-    made = recorder.record(pipe, {"num_inference_steps": 3})
+    made = recorder.record(pipe, {"num_inference_steps": 3}, clean_runs=1)
     shares = {share.name: share.share for share in summary.categories(made)}
-    assert share_error(shares, pipe.expected_ms(3)) < 3, shares
+    assert share_error(shares, pipe.expected_ms(3, run=2)) < 3, shares  # after a warm-up and a clean pass
     assert made.clock == "device" and 0.9 < made.busy_ms / made.recorded_ms <= 1
     rows = {(row.module, row.operator): row for row in made.rows}
     assert rows["transformer.proj", "linear"].flops == 3 * pipe.products * 2 * pipe.size**3

@@ -8,7 +8,7 @@ from attention_kinds import EXPECTED
 from torch import nn
 
 import videoattn
-from videoattn.benchmarks.toy import SIZE, Toy, share_error
+from videoattn.benchmarks.toy import PRODUCTS, SIZE, Toy, share_error
 from videoattn.profiling import ceilings, recorder, summary
 from videoattn.profiling.profile import Ceilings, Profile
 from videoattn.profiling.scopes import Scopes
@@ -37,7 +37,7 @@ def test_shares_of_operators_that_take_known_times():
     pipe = Toy()
     made = recorder.record(pipe, {"num_inference_steps": 3}, clean_runs=1)
     shares = {share.name: share.share for share in summary.categories(made)}
-    assert share_error(shares, pipe.expected_ms(3)) < 3, shares
+    assert share_error(shares, pipe.expected_ms(3, run=2)) < 3, shares  # after a warm-up and a clean pass
     assert_untouched(pipe)
 
 
@@ -56,8 +56,9 @@ def test_every_module_has_its_own_time_and_work():
     assert rows["transformer.idle", "host"].ms == pytest.approx(30, rel=0.2)
     assert rows["vae.decoder", "convolution"].stage == "vae.decode"
     product = rows["transformer.proj", "linear"]
-    assert product.flops == 2 * 2 * SIZE["cpu"] ** 3
-    assert product.bytes == 2 * 3 * 4 * SIZE["cpu"] ** 2
+    products = 2 * PRODUCTS["cpu"]
+    assert product.flops == products * 2 * SIZE["cpu"] ** 3
+    assert product.bytes == products * 3 * 4 * SIZE["cpu"] ** 2
     assert sum(row.ms for row in made.rows) == pytest.approx(made.recorded_ms, rel=0.02)
 
 

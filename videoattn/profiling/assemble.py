@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NAMED, LABELLED, ASTRAY, SUM, OVERHEAD = 0.97, 0.99, 0.01, 0.01, 2.0  # what the checks ask for
 _OPS = 6  # names that a row keeps
+_ROUNDED = 1e-6
 
 
 def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
@@ -183,6 +184,16 @@ def _checks(profile: Profile, done: Passed, matched: _Matched) -> list[Check]:
             passed=not matched.unmatched,
         ),
     ]
+    if done.counts is not None and profile.calls:
+        twice = done.counts.overcounted()
+        checks.append(
+            Check(
+                name="FLOPs of attention counted once",
+                value=f"{twice:.4f} of what its shapes say",
+                wanted="<= 1",
+                passed=twice <= 1 + _ROUNDED,
+            )
+        )
     recorded = done.recorded
     if recorded is not None:
         # On a GPU idle time is set so that the rows add up to the clean wall: there only kernels can be too many.
