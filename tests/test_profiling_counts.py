@@ -502,9 +502,10 @@ def test_a_call_without_keys_is_counted_without_work():
     assert [(call.q_len, call.kv_len, call.flops) for call in counts.calls] == [(5, 0, 0)]
 
 
-def test_an_rms_norm_of_a_gpu_is_one_kernel():
-    """On fake tensors, which stand for a GPU's: what a dispatch mode makes of it there is not what runs."""
-    with FakeTensorMode():
+@pytest.mark.parametrize("without_memory", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_an_rms_norm_of_a_gpu_is_one_kernel(without_memory):
+    """On tensors without memory, which stand for a GPU's: what a dispatch mode makes of it is not what runs there."""
+    with without_memory():
         norm, x = nn.RMSNorm(64, eps=1e-6), torch.empty(8, 32, 64)
         counts = Counts()
         with torch.no_grad(), Scopes({"transformer": nn.Sequential(norm)}, counts), counts:

@@ -408,8 +408,8 @@ class _Functions(TorchFunctionMode):
 
 
 def _is_one_kernel(x: Tensor) -> bool:
-    """Whether torch has a kernel for the RMSNorm of x: on a GPU, for which a fake tensor stands."""
-    return x.device.type == "cuda" or isinstance(x, FakeTensor)
+    """Whether torch has a kernel for the RMSNorm of x: on a GPU, for which a tensor without memory stands."""
+    return x.device.type in ("cuda", "meta") or isinstance(x, FakeTensor)
 
 
 class _Operators(TorchDispatchMode):
