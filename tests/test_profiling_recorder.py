@@ -206,6 +206,27 @@ def test_compiled_blocks_are_regions_and_the_report_says_so():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def compiler():
+    """Graphs that this test made, and those that torch made anew because a guard failed."""
+    torch._dynamo.reset()
+    yield lambda: dict(torch._dynamo.utils.counters["stats"])
+    torch._dynamo.reset()
+
+
+def test_a_compiled_denoiser_has_the_kinds_of_its_attention(compiler):
+    from tiny_pipelines import build, inputs
+
+    pipe = build("wan")
+    plain = recorder.record(pipe, inputs("wan", pipe), clean_runs=1)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    made = recorder.record(pipe, inputs("wan", pipe), clean_runs=1)
+    assert [(call.site, call.kind, call.step) for call in made.calls] == [
+        (call.site, call.kind, call.step) for call in plain.calls
+    ]
+    assert not [check for check in made.checks if not check.passed and check.name != "cost of recording"]
+
+
 def test_nothing_is_different_afterwards():
     from tiny_pipelines import build, run
 

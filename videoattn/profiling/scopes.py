@@ -190,24 +190,24 @@ def original(module: nn.Module) -> nn.Module:
 
 def _walk(component: str, model: nn.Module) -> Iterator[tuple[str, nn.Module, str, bool]]:
     """(path, module, kind of the innermost attention around it, whether it is attention itself), parents first."""
-    kinds, other = _attention_kinds(component, model)
+    kinds, other = _attention_kinds(component, original(model))
     inherited: dict[str, str] = {}
     for path, module in model.named_modules():
-        kind = kinds.get(path, inherited.get(path.rpartition(".")[0], other))
+        kind = kinds.get(module, inherited.get(path.rpartition(".")[0], other))
         inherited[path] = kind
-        yield path, module, kind, path in kinds
+        yield path, module, kind, module in kinds
 
 
-def _attention_kinds(component: str, model: nn.Module) -> tuple[dict[str, str], str]:
-    """Path -> kind of every attention module, "" where it is not known; and the kind of what is none of them."""
-    adapter = adapter_for(original(model))
+def _attention_kinds(component: str, model: nn.Module) -> tuple[dict[nn.Module, str], str]:
+    """The kind of every attention module, "" where it is not known; and the kind of what is none of them."""
+    adapter = adapter_for(model)
     other = next((kind for prefix, kind in _OF_COMPONENTS.items() if component.startswith(prefix)), "")
-    paths = {path for path, _ in attention_modules(model)}
-    paths |= {path for path, module in model.named_modules() if _projects(module)}
-    kinds = dict.fromkeys(paths, other)
+    found = dict(attention_modules(model))
+    found |= {path: module for path, module in model.named_modules() if _projects(module)}
+    kinds = dict.fromkeys(found.values(), other)
     if adapter is not None:
-        kinds |= {path: kind for path in paths for pattern, kind in _PLAIN if fnmatchcase(path, pattern)}
-        kinds |= {site.name: site.kind for _, site in adapter.sites(original(model))}
+        kinds |= {found[path]: kind for path in found for pattern, kind in _PLAIN if fnmatchcase(path, pattern)}
+        kinds |= {attn: site.kind for attn, site in adapter.sites(model)}
     return kinds, other
 
 
