@@ -227,6 +227,35 @@ def test_a_compiled_denoiser_has_the_kinds_of_its_attention(compiler):
     assert not [check for check in made.checks if not check.passed and check.name != "cost of recording"]
 
 
+class _Wrapped(nn.Module):
+    """A processor that is a module, as those of image prompts are."""
+
+    def __init__(self, processor):
+        super().__init__()
+        self.wrapped = processor
+
+    def forward(self, *args, **kwargs):
+        return self.wrapped(*args, **kwargs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_of_a_processor_that_is_a_module(fused):
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from tiny_pipelines import build, inputs
+
+    pipe = build("animatediff")
+    processor = AttnProcessor2_0 if fused else AttnProcessor
+    pipe.unet.set_attn_processor(processor())
+    plain = recorder.record(pipe, inputs("animatediff", pipe), clean_runs=1)
+    pipe.unet.set_attn_processor({name: _Wrapped(processor()) for name in pipe.unet.attn_processors})
+    made = recorder.record(pipe, inputs("animatediff", pipe), clean_runs=1)
+    assert [(call.site, call.kind, call.backend) for call in made.calls] == [
+        (call.site, call.kind, call.backend) for call in plain.calls
+    ]
+    assert all(call.ms > 0 for call in made.calls)
+    assert not [check for check in made.checks if not check.passed and check.name != "cost of recording"]
+
+
 def test_nothing_is_different_afterwards():
     from tiny_pipelines import build, run
 

@@ -118,11 +118,15 @@ class Scopes:
 
     def _hook(self, component: str, model: nn.Module) -> None:
         compiled: list[str] = []
+        # A processor's own code is the attention module's, also where it is a module.
+        processors = {attn.processor for _, attn in attention_modules(model) if isinstance(attn.processor, nn.Module)}
         for path, module, kind, is_attention in _walk(component, model):
             if any(path == around or path.startswith(f"{around}." if around else "") for around in compiled):
                 continue
             name = _WRAPPER.sub("", f"{component}.{path}" if path else component)
             stage = _stage(component, path)
+            if module in processors:
+                continue
             if _is_compiled(module) and not self._into_compiled:
                 compiled.append(path)
                 self.compiled.append(name)
