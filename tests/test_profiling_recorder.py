@@ -227,6 +227,27 @@ def test_a_compiled_denoiser_has_the_kinds_of_its_attention(compiler):
     assert not [check for check in made.checks if not check.passed and check.name != "cost of recording"]
 
 
+@pytest.mark.parametrize("compiled", ["vae.decode", "transformer.forward"])
+def test_a_compiled_method_is_one_region_and_is_not_compiled_again(compiled, compiler):
+    from tiny_pipelines import build, inputs
+
+    pipe = build("wan")
+    arguments = inputs("wan", pipe) | {"output_type": "np"}
+    owner, method = getattr(pipe, compiled.partition(".")[0]), compiled.partition(".")[2]
+    function = torch.compile(getattr(owner, method), backend="eager")
+    setattr(owner, method, function)
+    pipe(**arguments)
+    before = compiler()
+    made = recorder.record(pipe, arguments, clean_runs=1)
+    assert compiler() == before
+    assert vars(owner)[method] is function
+    assert any("1 modules or methods are compiled" in note for note in made.notes)
+    region = compiled.removesuffix(".forward")
+    inside = {row.module for row in made.rows if row.stage == region}
+    assert inside == {region}
+    assert not [check for check in made.checks if not check.passed and check.name != "cost of recording"]
+
+
 class _Wrapped(nn.Module):
     """A processor that is a module, as those of image prompts are."""
 

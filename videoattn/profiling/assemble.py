@@ -73,9 +73,10 @@ class _Matched:
     unmatched: int
 
 
-def _region(module: str, compiled: Sequence[str]) -> str:
-    """The compiled module that a module lies in, else itself."""
-    return next((region for region in compiled if module == region or module.startswith(f"{region}.")), module)
+def _region(stage: str, module: str, compiled: Sequence[str]) -> str:
+    """The compiled module or method that a module runs in, else itself."""
+    around = (region for region in compiled if region in (module, stage) or module.startswith(f"{region}."))
+    return next(around, module)
 
 
 def _matched(recorded: Recorded | None, counts: Counts | None, compiled: Sequence[str]) -> _Matched:
@@ -84,7 +85,7 @@ def _matched(recorded: Recorded | None, counts: Counts | None, compiled: Sequenc
     for instance in recorded.instances if recorded else ():
         instances[instance.scope.module].append(instance)
     counted = counts.calls if counts else ()
-    places = [_region(call.site, compiled) for call in counted]
+    places = [_region(call.stage, call.site, compiled) for call in counted]
     numbers: dict[str, int] = defaultdict(int)
     for place in places:
         numbers[place] += 1
@@ -135,7 +136,7 @@ def _rows(
             key = (stage, module, "host")
             rows[key] = replace(row(key), ms=row(key).ms + ms * scale)
     for (stage, module, operator), work in (counts.rows() if counts else {}).items():
-        key = (stage, _region(module, compiled), operator)
+        key = (stage, _region(stage, module, compiled), operator)
         old = row(key)
         rows[key] = replace(
             old,
@@ -242,7 +243,7 @@ def _notes(generation: Generation, done: Passed) -> list[str]:
         notes.append("The generation broke off; what follows is what had been recorded until then.")
     if done.compiled:
         notes.append(
-            f"{len(done.compiled)} modules are compiled: inside them time goes by the names of kernels, not by module; "
+            f"{len(done.compiled)} modules or methods are compiled: inside them time goes by the names of kernels, not by module; "
             "calls of attention are those of the same modules run eagerly."
         )
     if any(hasattr(model, "_hf_hook") for model in generation.denoisers.values()):

@@ -30,7 +30,7 @@ from videoattn.profiling import memory, pictures, trace
 from videoattn.profiling.assemble import assemble
 from videoattn.profiling.counts import Counts
 from videoattn.profiling.profile import Memory, Profile
-from videoattn.profiling.scopes import ROOT, Listener, Scopes, denoisers, original
+from videoattn.profiling.scopes import ROOT, Listener, Scopes, any_compiled, denoisers, original
 from videoattn.profiling.trace import Ranges, Recorded, exported
 
 PASSES = ("warm-up", "clean", "recorded", "counted", "memory")
@@ -38,8 +38,6 @@ Progress = Callable[[str], None]
 """Told the name of each pass as it begins."""
 
 _CLEAN_SECONDS, _CLEAN_RUNS = 5.0, 5  # short generations are timed more than once
-_OPS = 6  # names that a row keeps
-_SOUND = {"named": 0.97, "labelled": 0.99, "astray": 0.01, "sum": 0.01, "overhead": 2.0}
 
 
 class ProfileAborted(RuntimeError):
@@ -117,15 +115,6 @@ class Generation:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    @property
-    def compiled(self) -> bool:
-        return any(
-            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-            for part in self.components.values()
-            if isinstance(part, nn.Module)
-            for module in part.modules()
-        )
 
     def run(self) -> tuple[float, object]:
         """Milliseconds of wall time, and the output."""
@@ -219,7 +208,9 @@ def _counted(generation: Generation, done: Passed, runs: int | None) -> None:
     clock = _Steps(generation)
     counts = Counts(where=clock.where)
     scopes = Scopes(generation.components, counts, generation.pipe, into_compiled=True)
-    stance = torch.compiler.set_stance("force_eager") if generation.compiled else contextlib.nullcontext()
+    stance = (
+        torch.compiler.set_stance("force_eager") if any_compiled(generation.components) else contextlib.nullcontext()
+    )
     done.counts = counts
     with stance, clock, scopes, counts:
         generation.run()

@@ -1,6 +1,6 @@
 """Which module of a pipeline is running: hooks on its modules, and its methods that are no module's call, tell listeners.
 
-Nothing is hooked inside a compiled module: a hook there would be traced or make a new graph. Such a module is one scope,
+Nothing is hooked inside a compiled module or method: a hook there would be traced or make a new graph. It is one scope,
 entered around its compiled call.
 """
 
@@ -10,7 +10,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -91,7 +91,7 @@ class Scopes:
     def __init__(
         self, components: dict[str, object], listener: Listener, pipe: object = None, *, into_compiled: bool = False
     ) -> None:
-        self.compiled: list[str] = []  # modules that are one scope each because they are compiled
+        self.compiled: list[str] = []  # modules and methods that are one scope each because they are compiled
         self._components = components
         self._listener = listener
         self._pipe = pipe
@@ -99,14 +99,21 @@ class Scopes:
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
+        whole: set[str] = set()  # stages whose method is compiled
         try:
             for name, method, stage in _METHODS:
                 owner = self._components.get(name) if name else self._pipe
-                if callable(getattr(owner, method, None)):
-                    self._wrap(owner, method, Scope(stage, f"{name or 'pipeline'}.{method}"))
+                function, scope = getattr(owner, method, None), Scope(stage, f"{name or 'pipeline'}.{method}")
+                if not callable(function):
+                    continue
+                if _is_compiled_function(function) and not self._into_compiled:
+                    whole.add(stage)
+                    self.compiled.append(scope.module)
+                    scope = replace(scope, role=COMPILED)
+                self._wrap(owner, method, scope)
             for name, part in self._components.items():
                 if isinstance(part, nn.Module) and name not in _PARTS_OF_OTHERS:
-                    self._hook(name, part)
+                    self._hook(name, part, whole)
         except BaseException:
             self.__exit__()
             raise
@@ -116,7 +123,7 @@ class Scopes:
             undo()
         self._undo.clear()
 
-    def _hook(self, component: str, model: nn.Module) -> None:
+    def _hook(self, component: str, model: nn.Module, whole: set[str]) -> None:
         compiled: list[str] = []
         # A processor's own code is the attention module's, also where it is a module.
         processors = {attn.processor for _, attn in attention_modules(model) if isinstance(attn.processor, nn.Module)}
@@ -125,7 +132,7 @@ class Scopes:
                 continue
             name = _WRAPPER.sub("", f"{component}.{path}" if path else component)
             stage = _stage(component, path)
-            if module in processors:
+            if stage in whole or module in processors:
                 continue
             if _is_compiled(module) and not self._into_compiled:
                 compiled.append(path)
@@ -148,7 +155,7 @@ class Scopes:
 
     def _wrap_compiled(self, module: nn.Module, scope: Scope) -> None:
         """Around the compiled call: no guard sees it, so no graph breaks and none is made anew."""
-        if module._compiled_call_impl is None:  # torch.compile(module): the wrapper's own hooks run outside
+        if module._compiled_call_impl is None:  # a wrapper, or a compiled forward: the module's own hooks run outside
             self._hook_module(module, scope)
         else:
             self._wrap(module, "_compiled_call_impl", scope)
@@ -245,4 +252,18 @@ def _role(module: nn.Module) -> str:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    """Whether torch.compile has the module, as a wrapper around it, in place, or its forward alone."""
+    of_call = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return of_call or _is_compiled_function(vars(module).get("forward"))
+
+
+def any_compiled(components: dict[str, object]) -> bool:
+    """Whether anything of a pipeline's parts is compiled."""
+    modules = (module for part in components.values() if isinstance(part, nn.Module) for module in part.modules())
+    methods = (getattr(components.get(name), method, None) for name, method, _ in _METHODS)
+    return any(map(_is_compiled_function, methods)) or any(map(_is_compiled, modules))
+
+
+def _is_compiled_function(function: object) -> bool:
+    """torch.compiler.disable marks what it returns as torch.compile does, and once more."""
+    return hasattr(function, "_torchdynamo_orig_callable") and not getattr(function, "_torchdynamo_disable", False)
