@@ -75,7 +75,7 @@ def record(
         for name in PASSES:
             if progress is not None:
                 progress(name)
-            with done.attempt(name):
+            with done.attempt():
                 _RUN[name](generation, done, clean_runs)
     profile = assemble(generation, done, commit)
     if done.error is not None:
@@ -154,8 +154,8 @@ class Passed:
     error: Exception | None = None
 
     @contextlib.contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
-        """A pass that raises leaves what it has; the error is raised again when the report stands."""
+    def attempt(self) -> Iterator[None]:
+        """A pass that raises leaves what it has; the first error is raised again when the report stands."""
         caught = _Caught()
         with caught:
             yield
@@ -191,17 +191,15 @@ def _recorded(generation: Generation, done: Passed, runs: int | None) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if generation.on_gpu else [])]
     scopes = Scopes(generation.components, ranges, generation.pipe)
     profiler = torch.profiler.profile(activities=activities)
-    started = time.perf_counter()
-    try:
-        with profiler, scopes, _watched(ranges), _root(ranges):
-            done.compiled = tuple(scopes.compiled)
-            started = time.perf_counter()
-            wall, output = generation.run()
-        done.recorded_ms, done.same = wall, _difference(done.output, output)
-    finally:
-        done.recorded_ms = done.recorded_ms or (time.perf_counter() - started) * 1e3
-        done.chrome = exported(profiler)
-        done.recorded = trace.read(done.chrome, ranges.known, device=generation.on_gpu)
+    started, output = time.perf_counter(), None
+    with done.attempt(), profiler, scopes, _watched(ranges), _root(ranges):
+        done.compiled = tuple(scopes.compiled)
+        started = time.perf_counter()
+        done.recorded_ms, output = generation.run()
+    done.same = _difference(done.output, output)
+    done.recorded_ms = done.recorded_ms or (time.perf_counter() - started) * 1e3
+    done.chrome = exported(profiler)
+    done.recorded = trace.read(done.chrome, ranges.known, device=generation.on_gpu)
 
 
 def _counted(generation: Generation, done: Passed, runs: int | None) -> None:
@@ -222,11 +220,9 @@ def _memory(generation: Generation, done: Passed, runs: int | None) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if generation.on_gpu else [])]
     scopes = Scopes(generation.components, ranges, generation.pipe)
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-    try:
-        with profiler, scopes, _root(ranges):
-            generation.run()
-    finally:
-        done.memory = memory.read(exported(profiler), ranges.known, weights, ranges.addresses, generation.device)
+    with done.attempt(), profiler, scopes, _root(ranges):
+        generation.run()
+    done.memory = memory.read(exported(profiler), ranges.known, weights, ranges.addresses, generation.device)
 
 
 _RUN = {"warm-up": _warm, "clean": _clean, "recorded": _recorded, "counted": _counted, "memory": _memory}
