@@ -5,7 +5,7 @@ import torch
 from tiny_pipelines import build, inputs
 
 import videoattn
-from videoattn.benchmarks.toy import Toy, share_error
+from videoattn.benchmarks.toy import PRODUCTS, SIZE, Toy, share_error
 from videoattn.profiling import ceilings, recorder, summary
 from videoattn.profiling.profile import Profile
 
@@ -19,7 +19,7 @@ def test_shares_of_kernels_that_take_known_times():
     assert share_error(shares, pipe.expected_ms(3, run=2)) < 3, shares  # after a warm-up and a clean pass
     assert made.clock == "device" and 0.9 < made.busy_ms / made.recorded_ms <= 1
     rows = {(row.module, row.operator): row for row in made.rows}
-    assert rows["transformer.proj", "linear"].flops == 3 * pipe.products * 2 * pipe.size**3
+    assert rows["transformer.products.proj", "linear"].flops == 3 * PRODUCTS["cuda"] * 2 * SIZE["cuda"] ** 3
     assert sum(row.ms for row in made.rows) == pytest.approx(max(summary.clean_ms(made), made.busy_ms), rel=1e-3)
 
 

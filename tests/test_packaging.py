@@ -30,6 +30,7 @@ def shipped_files(tree: Path) -> set[str]:
     """What a wheel must hold: every module, and the data beside it, under its name inside videoattn."""
     paths = [path.relative_to(tree) for folder in ("videoattn", *MAPPED) for path in (tree / folder).rglob("*")]
     kept = [path for path in paths if path.suffix in {".py", ".toml", ".json", ".typed", ".html", ".css", ".js"}]
+    kept = [path for path in kept if path.parts[:2] != ("benchmarks", "results")]  # figures, not data of the package
     return {path.as_posix() if path.parts[0] == "videoattn" else f"videoattn/{path.as_posix()}" for path in kept}
 
 

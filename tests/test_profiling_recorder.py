@@ -1,6 +1,7 @@
 """Profiles of pipelines whose costs are known, and of the tiny pipelines of every family."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -120,6 +121,31 @@ def test_what_a_pass_cannot_read_hides_neither_an_error_nor_an_interrupt(run, mo
         with pytest.raises(recorder.ProfileAborted, match="on fire") as raised:
             recorder.record(pipe, {"num_inference_steps": 1}, clean_runs=1)
         assert raised.value.__cause__ is error
+
+
+def test_what_broke_off_holds_no_memory_of_the_next_pass():
+    pipe, held, alive = Toy(), [], []
+
+    def breaks(x):
+        alive.append(sum(tensor() is not None for tensor in held))
+        large = x.clone()
+        held.append(weakref.ref(large))
+        raise RuntimeError("out of memory")
+
+    pipe.vae.decode = breaks
+    with pytest.raises(recorder.ProfileAborted, match="out of memory"):
+        recorder.record(pipe, {"num_inference_steps": 1})
+    assert alive == [0] * len(recorder.PASSES)
+
+
+def test_a_machine_that_cannot_be_measured_any_more_costs_no_report(monkeypatch):
+    def poisoned(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ceilings, "measure", poisoned)
+    with pytest.raises(recorder.ProfileAborted, match="the card is on fire") as raised:
+        recorder.record(Toy(fails_at=1), {"num_inference_steps": 2})
+    assert raised.value.profile.rows and raised.value.profile.ceilings is None
 
 
 def test_what_cannot_be_profiled_is_told_before_anything_runs(tmp_path):
