@@ -16,7 +16,7 @@ from videoattn.benchmarks import results
 from videoattn.profiling import ceilings, io_model, perfetto, pictures, summary
 from videoattn.profiling.categories import ATTENTION
 from videoattn.profiling.counts import Counts
-from videoattn.profiling.profile import AttentionCall, Check, Profile, Row
+from videoattn.profiling.profile import AttentionCall, Ceilings, Check, Profile, Row
 from videoattn.profiling.scopes import original
 from videoattn.profiling.trace import Instance, Recorded
 from videoattn.session import session_of
@@ -34,8 +34,7 @@ def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
     pipe, recorded, counts = generation.pipe, done.recorded, done.counts
     clean = float(np.median(done.clean_ms)) if done.clean_ms else done.recorded_ms
     matched = _matched(recorded, counts, done.compiled)
-    measurable = generation.device.type in ("cpu", "cuda")
-    ceiling = ceilings.measure(generation.device, _dtype(generation)) if measurable else None
+    ceiling = done.ceilings
     profile = Profile(
         title=_title(generation, done.output),
         pipeline=type(pipe).__name__,
@@ -61,6 +60,12 @@ def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
     if done.chrome is None or recorded is None:
         return profile
     return replace(profile, trace=perfetto.annotate(done.chrome, profile, _tracks(profile, matched, recorded)))
+
+
+def ceilings_of(generation: Generation) -> Ceilings | None:
+    """What the machine reaches, in the type of the denoiser; None for devices that are not measured."""
+    measurable = generation.device.type in ("cpu", "cuda")
+    return ceilings.measure(generation.device, _dtype(generation)) if measurable else None
 
 
 @dataclass(frozen=True)

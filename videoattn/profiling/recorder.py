@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +28,9 @@ from torch.profiler import ProfilerActivity
 from videoattn import runner
 from videoattn.clock import Clock
 from videoattn.profiling import memory, pictures, trace
-from videoattn.profiling.assemble import assemble
+from videoattn.profiling.assemble import assemble, ceilings_of
 from videoattn.profiling.counts import Counts
-from videoattn.profiling.profile import Memory, Profile
+from videoattn.profiling.profile import Ceilings, Memory, Profile
 from videoattn.profiling.scopes import ROOT, Listener, Scopes, any_compiled, denoisers, original
 from videoattn.profiling.trace import Ranges, Recorded, exported
 
@@ -77,6 +78,8 @@ def record(
                 progress(name)
             with done.attempt():
                 _RUN[name](generation, done, clean_runs)
+    with done.attempt():  # after a GPU's error nothing runs there
+        done.ceilings = ceilings_of(generation)
     profile = assemble(generation, done, commit)
     if done.error is not None:
         raise ProfileAborted(profile) from done.error
@@ -151,6 +154,7 @@ class Passed:
     compiled: tuple[str, ...] = ()
     counts: Counts | None = None
     memory: Memory | None = None
+    ceilings: Ceilings | None = None
     error: Exception | None = None
 
     @contextlib.contextmanager
@@ -160,6 +164,7 @@ class Passed:
         with caught:
             yield
         self.error = self.error or caught.error
+        _let_go(caught.error)
 
 
 class _Caught:
@@ -170,9 +175,16 @@ class _Caught:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> bool:
         self.error = error if isinstance(error, Exception) else None
         return self.error is not None
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop the variables of the frames that an error came through: the next pass needs the memory of their tensors."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _warm(generation: Generation, done: Passed, runs: int | None) -> None:
