@@ -336,6 +336,21 @@ def test_attention_of_a_processor_that_is_a_module(fused):
     assert not [check for check in made.checks if not check.passed and check.name != "cost of recording"]
 
 
+def test_the_output_of_a_pass_is_no_memory_of_the_next():
+    pipe, held, alive = Toy(), [], []
+    decode = pipe.vae.decode
+
+    def told(x):
+        alive.append(sum(tensor() is not None for tensor in held))
+        video = decode(x)
+        held.append(weakref.ref(video))
+        return video
+
+    pipe.vae.decode = told
+    recorder.record(pipe, {"num_inference_steps": 1}, clean_runs=1)
+    assert alive == [0] * len(recorder.PASSES)
+
+
 def test_nothing_is_different_afterwards():
     from tiny_pipelines import build, run
 

@@ -36,7 +36,7 @@ def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
     matched = _matched(recorded, counts, done.compiled)
     ceiling = done.ceilings
     profile = Profile(
-        title=_title(generation, done.output),
+        title=_title(generation, done.frames),
         pipeline=type(pipe).__name__,
         denoisers=tuple(type(original(model)).__name__ for model in generation.denoisers.values()),
         arguments={name: _printable(value) for name, value in generation.arguments.items()},
@@ -54,7 +54,7 @@ def assemble(generation: Generation, done: Passed, commit: str) -> Profile:
         checks=(),
         notes=tuple(_notes(generation, done)),
         error="" if done.error is None else f"{type(done.error).__name__}: {done.error}",
-        frames=pictures.thumbnails(pictures.frames_of(done.output)),
+        frames=pictures.thumbnails(done.frames),
     )
     profile = replace(profile, checks=tuple(_checks(profile, done, matched)))
     if done.chrome is None or recorded is None:
@@ -262,8 +262,7 @@ def _notes(generation: Generation, done: Passed) -> list[str]:
     return notes
 
 
-def _title(generation: Generation, output: object) -> str:
-    frames = pictures.frames_of(output)
+def _title(generation: Generation, frames: np.ndarray | None) -> str:
     arguments = generation.arguments
     if frames is not None:
         size = f"{frames.shape[1]}x{frames.shape[2]}, {len(frames)} frames"

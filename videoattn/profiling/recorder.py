@@ -146,7 +146,7 @@ class Passed:
     """What the passes have given so far."""
 
     clean_ms: list[float] = field(default_factory=list)
-    output: object = None
+    frames: np.ndarray | None = None  # of the clean pass; its output would be memory of the later ones
     recorded_ms: float = 0.0
     recorded: Recorded | None = None
     chrome: dict | None = None  # the recorded pass's trace
@@ -194,8 +194,9 @@ def _warm(generation: Generation, done: Passed, runs: int | None) -> None:
 def _clean(generation: Generation, done: Passed, runs: int | None) -> None:
     most = runs or _CLEAN_RUNS
     while len(done.clean_ms) < most and (runs or sum(done.clean_ms) < _CLEAN_SECONDS * 1e3):
-        wall, done.output = generation.run()
+        wall, output = generation.run()
         done.clean_ms.append(wall)
+        done.frames = pictures.frames_of(output)
 
 
 def _recorded(generation: Generation, done: Passed, runs: int | None) -> None:
@@ -208,7 +209,7 @@ def _recorded(generation: Generation, done: Passed, runs: int | None) -> None:
         done.compiled = tuple(scopes.compiled)
         started = time.perf_counter()
         done.recorded_ms, output = generation.run()
-    done.same = _difference(done.output, output)
+    done.same = _difference(done.frames, pictures.frames_of(output))
     done.recorded_ms = done.recorded_ms or (time.perf_counter() - started) * 1e3
     done.chrome = exported(profiler)
     done.recorded = trace.read(done.chrome, ranges.known, device=generation.on_gpu)
@@ -291,9 +292,8 @@ def _listed(generators: torch.Generator | Sequence[torch.Generator] | None) -> S
     return (generators,) if isinstance(generators, torch.Generator) else generators
 
 
-def _difference(clean: object, recorded: object) -> str:
+def _difference(a: np.ndarray | None, b: np.ndarray | None) -> str:
     """How far the recorded pass's frames are from the clean pass's; "" where one of them has none."""
-    a, b = pictures.frames_of(clean), pictures.frames_of(recorded)
     if a is None or b is None:
         return ""
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
