@@ -351,6 +351,23 @@ def test_the_output_of_a_pass_is_no_memory_of_the_next():
     assert alive == [0] * len(recorder.PASSES)
 
 
+def test_a_modular_pipeline():
+    from diffusers.modular_pipelines import WanBlocks
+    from tiny_pipelines import build, inputs
+
+    pipe = build("wan")
+    modular = WanBlocks().init_pipeline()
+    taken = modular.components.keys() & pipe.components.keys()
+    modular.update_components(**{name: pipe.components[name] for name in taken})
+    made = recorder.record(modular, inputs("wan", pipe) | {"output_type": "np"}, clean_runs=1)
+    assert made.denoisers == ("WanTransformer3DModel",) and "9 frames" in made.title and made.frames
+    assert {call.kind for call in made.calls if call.step >= 0} == {"full", "cross"}
+    checks = {check.name: check.passed for check in made.checks}
+    assert checks.pop("the recorded pass makes the same video")
+    assert all(passed for name, passed in checks.items() if name != "cost of recording")
+    assert_untouched(modular)
+
+
 def test_nothing_is_different_afterwards():
     from tiny_pipelines import build, run
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ def _first(output: object) -> np.ndarray | None:
     found = getattr(output, "frames", None)
     if found is None and isinstance(output, tuple) and output:
         found = output[0]
+    if found is None and isinstance(getattr(output, "values", None), Mapping):  # the state of a ModularPipeline
+        found = output.values.get("videos")
     if found is None or len(found) == 0:
         return None
     video = found[0]
