@@ -26,7 +26,8 @@ def event(at, count, address, *, total=0, device=1):
 
 
 def read(*events, addresses=()):
-    return memory.read({"traceEvents": [scope(ROOT, 0, 1000), *events]}, KNOWN, WEIGHTS, set(addresses), device=GPU)
+    trace = {"traceEvents": [scope(ROOT, 0, 1000), *events]}
+    return memory.read(trace, KNOWN, WEIGHTS, dict(addresses), device=GPU)
 
 
 def alive(found):
@@ -77,9 +78,23 @@ def test_what_an_earlier_call_left_is_a_cache():
 
 
 def test_weights_that_come_during_the_run_are_weights():
-    found = read(scope(MODEL, 100, 200), event(110, 70, 1, total=1070), event(120, 30, 2), addresses=[1])
+    found = read(
+        scope(MODEL, 100, 200), event(110, 70, 1, total=1070), event(120, 30, 2), addresses={"transformer": {1}}
+    )
     assert alive(found)["transformer", "weights"] == 1070
     assert alive(found)["transformer", "activations"] == 30
+
+
+def test_an_address_that_a_weight_had_once_may_be_anothers_later():
+    found = read(
+        scope(MODEL, 100, 200),
+        event(110, 70, 1, total=1070),
+        event(500, -70, 1),
+        scope(VAE, 600, 900),
+        event(610, 90, 1),
+        addresses={"transformer": {1}, "vae": set()},
+    )
+    assert alive(found) == {("transformer", "weights"): 1000, ("vae.decode", "activations"): 90}
 
 
 def test_memory_that_was_taken_before_is_told_apart_from_weights():

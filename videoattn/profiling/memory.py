@@ -3,7 +3,8 @@
 Every event of the allocator falls into the ranges that are open on its thread: that tells whose it is. What is alive at
 the peak is one of
 
-weights      allocated before the run, or at an address that a parameter had while its component ran (offloading moves them)
+weights      allocated before the run, or by a component at an address that a weight of it had when it had run (offloading
+             moves them; afterwards others get their addresses)
 activations  allocated since the component that runs at the peak was called
 caches       older than that: embeddings, latents, and what a cache keeps from call to call
 
@@ -28,17 +29,18 @@ _LISTED = 200  # modules and live blocks that a report keeps
 
 
 class MemoryRanges(Ranges):
-    """Ranges that also note where the parameters of a component lie while it runs."""
+    """Ranges that also note where the weights of a component lie when it has run."""
 
     def __init__(self, components: Mapping[str, object]) -> None:
         super().__init__()
-        self.addresses: set[int] = set()
+        self.addresses: dict[str, set[int]] = defaultdict(set)
         self._components = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
     def leave(self, scope: Scope) -> None:
-        part = self._components.get(scope.module.removesuffix(".decode").removesuffix(".encode"))
+        name = scope.module.removesuffix(".decode").removesuffix(".encode")
+        part = self._components.get(name)
         if part is not None:
-            self.addresses.update(tensor.data_ptr() for tensor in part.parameters())
+            self.addresses[name].update(tensor.data_ptr() for tensor in (*part.parameters(), *part.buffers()))
         super().leave(scope)
 
 
@@ -73,14 +75,18 @@ def weights_bytes(components: Mapping[str, object], device: torch.device) -> dic
 
 
 def read(
-    trace: Mapping, known: Mapping[str, Scope], weights: Mapping[str, int], addresses: set[int], device: torch.device
+    trace: Mapping,
+    known: Mapping[str, Scope],
+    weights: Mapping[str, int],
+    addresses: Mapping[str, set[int]],
+    device: torch.device,
 ) -> Memory | None:
     """Memory over the run; None where the trace holds no event of the allocator.
 
     Args:
         trace: exported from a profile with `profile_memory=True`.
         known: range name -> scope. weights: component -> bytes on the device before the run.
-        addresses: of parameters, as `MemoryRanges` saw them. device: whose memory.
+        addresses: of each component's weights, as `MemoryRanges` saw them. device: whose memory.
     """
     root, before, events = _events(trace, known, device)
     if not events:
@@ -159,7 +165,9 @@ def _around(span: Span) -> Iterator[str]:
         walk = walk.parent
 
 
-def _alive(events: Sequence[_Event], weights: Mapping[str, int], before: int, addresses: set[int]) -> Iterator[Alive]:
+def _alive(
+    events: Sequence[_Event], weights: Mapping[str, int], before: int, addresses: Mapping[str, set[int]]
+) -> Iterator[Alive]:
     """What has been allocated and not released, by module and by what it is, the greatest first."""
     live: dict[int, _Event] = {}
     for event in events:
@@ -174,8 +182,10 @@ def _alive(events: Sequence[_Event], weights: Mapping[str, int], before: int, ad
     if before > sum(weights.values()):
         totals["before the run", "caches"] += before - sum(weights.values())
     for event in live.values():
-        what = "weights" if event.address in addresses else "activations" if event.time >= begun else "caches"
-        totals[event.span.scope.module, what] += event.bytes
+        module = event.span.scope.module
+        moved = event.address in addresses.get(module.partition(".")[0], ())
+        what = "weights" if moved else "activations" if event.time >= begun else "caches"
+        totals[module, what] += event.bytes
     ranked = sorted(totals.items(), key=lambda item: -item[1])
     for (module, what), count in ranked[:_LISTED]:
         yield Alive(module=module, what=what, bytes=count)
