@@ -77,6 +77,18 @@ def test_what_an_earlier_call_left_is_a_cache():
     }
 
 
+def test_at_a_peak_between_the_components_what_the_run_made_is_no_cache():
+    """The pipeline's own code runs, directly or in an operator."""
+    for operator in ((), ({**scope(ROOT, 800, 850), "name": "aten::cat"},)):
+        found = read(scope(VAE, 100, 700), event(110, 70, 1, total=1070), *operator, event(810, 30, 2))
+        assert found.peak_module == ROOT.module
+        assert alive(found) == {
+            ("transformer", "weights"): 1000,
+            ("vae.decode", "activations"): 70,
+            ("pipeline", "activations"): 30,
+        }
+
+
 def test_weights_that_come_during_the_run_are_weights():
     found = read(
         scope(MODEL, 100, 200), event(110, 70, 1, total=1070), event(120, 30, 2), addresses={"transformer": {1}}

@@ -102,7 +102,7 @@ def read(
         timeline.append(((event.time - root.start) / 1e3, total))
         if event.bytes > 0:
             allocated[event.span.scope.module] += event.bytes
-        for module in _around(event.span):
+        for module in {around.scope.module for around in _ranges(event.span)}:
             module_peak[module] = max(module_peak[module], total)
         if total > peak:
             peak, at = total, index
@@ -156,12 +156,12 @@ def _events(trace: Mapping, known: Mapping[str, Scope], device: torch.device) ->
     return root, before, events
 
 
-def _around(span: Span) -> Iterator[str]:
-    """The modules that run when a span does, itself the first."""
+def _ranges(span: Span) -> Iterator[Span]:
+    """The ranges that are open when a span is, itself the first, the root's the last."""
     walk: Span | None = span
     while walk is not None:
         if walk.name.startswith(RANGE):
-            yield walk.scope.module
+            yield walk
         walk = walk.parent
 
 
@@ -192,10 +192,6 @@ def _alive(
 
 
 def _component_begin(span: Span) -> float:
-    """When the component that runs was called: the outermost range below the root."""
-    begun, walk = span.start, span
-    while walk.parent is not None:
-        if walk.name.startswith(RANGE) and walk.scope is not ROOT:
-            begun = walk.start
-        walk = walk.parent
-    return begun
+    """When the component that runs was called: the outermost range below the root; the root's begin where none is open."""
+    ranges = list(_ranges(span))
+    return ranges[-2].start if len(ranges) > 1 else ranges[-1].start
