@@ -368,7 +368,7 @@ def test_a_modular_pipeline():
     assert_untouched(modular)
 
 
-def test_nothing_is_different_afterwards():
+def test_nothing_is_different_afterwards(monkeypatch):
     from tiny_pipelines import build, run
 
     pipe = build("svd")
@@ -377,8 +377,11 @@ def test_nothing_is_different_afterwards():
     config = dict(pipe._progress_bar_config)
     from tiny_pipelines import inputs
 
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     made = recorder.record(pipe, inputs("svd", pipe), clean_runs=1)
     assert torch.equal(torch.random.get_rng_state(), state)
+    assert not seeded  # of a GPU that has nothing to do with it
     assert pipe._progress_bar_config == config
     assert torch.equal(run("svd", pipe), before)
     assert made.memory.peak_bytes > made.memory.weights_bytes > 0

@@ -124,7 +124,10 @@ class Generation:
         self.rewind()
         devices = [self.device] if self.on_gpu else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed also seeds every GPU, which nobody would undo
+            if self.on_gpu:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(0)
             self.wait()
             started = time.perf_counter()
             output = self.pipe(**self.arguments)
