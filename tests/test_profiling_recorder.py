@@ -9,6 +9,7 @@ from attention_kinds import EXPECTED
 from torch import nn
 
 import videoattn
+from videoattn import runner
 from videoattn.benchmarks.toy import PRODUCTS, SIZE, Toy, share_error
 from videoattn.profiling import ceilings, recorder, summary
 from videoattn.profiling.profile import Ceilings, Profile
@@ -80,16 +81,24 @@ def test_a_generation_that_raises_leaves_a_marked_report():
     assert_untouched(pipe)
 
 
-def test_a_user_who_interrupts_is_obeyed(monkeypatch):
-    pipe = Toy()
+@pytest.mark.parametrize("run", range(len(recorder.PASSES)))
+def test_a_user_who_interrupts_is_obeyed(run):
+    pipe, calls, state = Toy(), [], torch.random.get_rng_state()
+    forward = pipe.transformer.forward
 
     def interrupt(x, timestep=None):
-        raise KeyboardInterrupt
+        calls.append(len(pipe.transformer._forward_hooks) + len(pipe.transformer._forward_pre_hooks))
+        if len(calls) > run:
+            raise KeyboardInterrupt
+        return forward(x)
 
     pipe.transformer.forward = interrupt
     with pytest.raises(KeyboardInterrupt):
-        recorder.record(pipe, {})
+        recorder.record(pipe, {"num_inference_steps": 1}, clean_runs=1)
+    assert len(calls) == run + 1 and bool(calls[run]) == (run > 1)  # where passes hook it
     assert_untouched(pipe)
+    assert not runner.watchers
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def fails_in(pipe, run, error):
