@@ -327,6 +327,27 @@ class _Wrapped(nn.Module):
         return self.wrapped(*args, **kwargs)
 
 
+class _Linear:
+    """Attention without a softmax."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        return attn.to_out[0](q.relu() @ (k.relu().transpose(1, 2) @ v))
+
+
+def test_attention_that_is_not_recognised_is_told():
+    from tiny_pipelines import build, inputs
+
+    pipe = build("wan")
+    known = recorder.record(pipe, inputs("wan", pipe), clean_runs=1)
+    assert not [note for note in known.notes if "attention modules" in note]
+    pipe.transformer.blocks[1].attn1.set_processor(_Linear())
+    made = recorder.record(pipe, inputs("wan", pipe), clean_runs=1)
+    (note,) = [note for note in made.notes if "attention modules" in note]
+    assert note.startswith("1 attention modules") and "transformer.blocks.1.attn1 among them" in note
+    assert not [call for call in made.calls if call.site == "transformer.blocks.1.attn1"]
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_of_a_processor_that_is_a_module(fused):
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0

@@ -24,7 +24,7 @@ from videoattn.session import session_of
 if TYPE_CHECKING:
     from videoattn.profiling.recorder import Generation, Passed
 
-NAMED, LABELLED, ASTRAY, SUM, OVERHEAD = 0.97, 0.99, 0.01, 0.01, 2.0  # what the checks ask for
+NAMED, LABELLED, ASTRAY, SUM, UNSOUND, OVERHEAD = 0.97, 0.99, 0.01, 0.01, 0.8, 2.0  # what the checks ask for
 _OPS = 6  # names that a row keeps
 _ROUNDED = 1e-6
 
@@ -235,8 +235,8 @@ def _checks(profile: Profile, done: Passed, matched: _Matched) -> list[Check]:
             Check(
                 name="cost of recording",
                 value=f"{cost:.2f}x of {summary.clean_ms(profile):.0f} ms",
-                wanted=f"<= {OVERHEAD:g}x",
-                passed=cost <= OVERHEAD,
+                wanted=f"{UNSOUND:g}x to {OVERHEAD:g}x",  # a recorded run that is faster tells of a machine that was busy
+                passed=UNSOUND <= cost <= OVERHEAD,
             )
         )
     return checks
@@ -250,6 +250,12 @@ def _notes(generation: Generation, done: Passed) -> list[str]:
         notes.append(
             f"{len(done.compiled)} modules or methods are compiled: inside them time goes by the names of kernels, not by module; "
             "calls of attention are those of the same modules run eagerly."
+        )
+    silent = sorted(done.counts.silent) if done.counts is not None and done.error is None else []
+    if silent:
+        notes.append(
+            f"{len(silent)} attention modules compute nothing that is known as attention, {silent[0]} among them: of them "
+            "there are no calls."
         )
     if any(hasattr(model, "_hf_hook") for model in generation.denoisers.values()):
         notes.append("Weights are offloaded: their way to the GPU counts as host-device copies.")

@@ -80,6 +80,7 @@ class Counts:
 
     def __init__(self, *, where: Where = lambda: (-1, 0, ""), memory: bool = False) -> None:
         self.alive = Alive() if memory else None
+        self._ran_silently: set[str] = set()  # attention modules
         self._where = where
         self._rows: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         self._calls: list[_Call] = []
@@ -110,6 +111,11 @@ class Counts:
         return tuple(call.fact() for call in self._calls)
 
     @property
+    def silent(self) -> set[str]:
+        """Attention modules that ran and in which no attention was recognised."""
+        return self._ran_silently - {call.site for call in self._calls}
+
+    @property
     def peak_bytes(self) -> int:
         """The most that was alive at once of what was made here."""
         return self.alive.peak if self.alive else 0
@@ -131,7 +137,10 @@ class Counts:
         self._stack.append(_Frame(scope, self._stack[-1]))
 
     def leave(self, scope: Scope) -> None:
-        self._stack.pop().settle()
+        frame = self._stack.pop()
+        frame.settle()
+        if frame.attention is frame and not frame.calls:
+            self._ran_silently.add(scope.module)
 
     # ---- a watcher of the runner
 
