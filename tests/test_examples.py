@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,7 +76,15 @@ def test_demo_runs_the_small_model_as_it_was_judged():
     assert (Path(demo["TINY"]) / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_tiny/README.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/train_tiny/README.md", "benchmarks/README.md")
+
+
+def test_tables_of_the_findings_are_those_of_the_results():
+    check = [sys.executable, "docs/fill_tables.py", "--check"]
+    assert subprocess.run(check, cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page):
     page = ROOT / page
     links = re.findall(r"\]\(([^)]+)\)", page.read_text())

@@ -235,15 +235,21 @@ def medians(timing: Timing) -> tuple[float, float]:
     return statistics.median(timing.base_ms), statistics.median(timing.patched_ms)
 
 
+def is_shown(timing: Timing) -> bool:
+    """Whether a difference in wall time was shown; without one, factors of its parts mean nothing either."""
+    return timing.verdict in ("faster", "slower")
+
+
 def verdict(comparison: Comparison) -> str:
     """What was shown, in a sentence: speed, its interval, and the difference of the videos."""
     timing = comparison.timing
     base, patched = medians(timing)
-    shown = {"faster": "faster", "slower": "slower"}.get(timing.verdict, "no difference in time shown")
-    speed = (
-        f"{comparison.policy}: {shown}, {timing.ratio:.2f}x [{timing.ci_lo:.2f}, {timing.ci_hi:.2f}], "
-        f"{base / 1e3:.3g} s -> {patched / 1e3:.3g} s"
-    )
+    interval = f"[{timing.ci_lo:.2f}, {timing.ci_hi:.2f}]"
+    if is_shown(timing):
+        shown = f"{timing.verdict}, {timing.ratio:.2f}x {interval}"
+    else:  # a ratio in front would be read as one
+        shown = f"no difference in time shown, the ratio lies in {interval}"
+    speed = f"{comparison.policy}: {shown}, {base / 1e3:.3g} s -> {patched / 1e3:.3g} s"
     floor = ""
     if comparison.floor is not None and not comparison.quality.identical:
         apart = "identical here" if comparison.floor.identical else f"{decibel(comparison.floor.psnr)} apart"

@@ -152,9 +152,9 @@ def _figures(profile: Profile) -> list[dict[str, str]]:
 def _compared_figures(comparison: Comparison) -> list[dict[str, str]]:
     timing, quality, floor = comparison.timing, comparison.quality, comparison.floor
     before, after = compared.medians(timing)
-    interval = f"{timing.verdict}; 95% between {timing.ci_lo:.2f} and {timing.ci_hi:.2f}, noise {timing.noise:.1%}"
+    interval = f"{timing.verdict}; between {timing.ci_lo:.2f} and {timing.ci_hi:.2f}, noise {timing.noise:.1%}"
     figures = [
-        _figure("Speed-up", f"{timing.ratio:.2f}x", interval),
+        _figure("Speed-up", f"{timing.ratio:.2f}x" if compared.is_shown(timing) else "not shown", interval),
         _figure(
             "Wall time", _seconds(after), f"before: {_seconds(before)}; medians of {len(timing.base_ms)} runs each"
         ),

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from videoattn.profiling.plan import Part, Plan
-from videoattn.profiling.text import WIDTH, bar, heading, size
+from videoattn.profiling.text import WIDTH, bar, heading, size, some
 
 _LENGTHS = 9  # sequence lengths of a kind that are listed
 
@@ -43,14 +43,14 @@ def _categories(plan: Plan) -> Table:
     for share in plan.categories():
         grid.add_row(
             share.name,
-            f"{share.flops / 1e12:,.1f}" if share.flops else "",
-            f"{share.bytes / 1e9:,.1f}",
+            some(share.flops / 1e12),
+            some(share.bytes / 1e9),
             _time(share.ms),
             f"{share.share:.1%}",
             bar(share.share),
         )
     grid.add_section()
-    grid.add_row("all", f"{plan.flops / 1e12:,.1f}", f"{plan.bytes / 1e9:,.1f}", _time(plan.ms), "", "")
+    grid.add_row("all", some(plan.flops / 1e12), some(plan.bytes / 1e9), _time(plan.ms), "", "")
     return grid
 
 

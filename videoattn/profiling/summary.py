@@ -239,7 +239,7 @@ def advice(profile: Profile) -> str:
     first = ranked[0]
     gain = 1 / (1 - first.share) if first.share < 1 else float("inf")
     return (
-        f"{first.name} takes {first.share:.0%} of the time: free, it would make the run {gain:.2f}x faster. "
+        f"{first.share:.0%} of the time is {first.name}: free, it would make the run {gain:.2f}x faster. "
         f"If attention were free, this run would be {without_attention(profile):.2f}x faster."
     )
 
