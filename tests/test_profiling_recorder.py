@@ -186,10 +186,19 @@ def test_hooks_go_where_installing_them_fails():
     assert_untouched(pipe)
 
 
-class _Locked:
+def test_hooks_go_where_one_of_them_cannot_be_undone():
+    pipe, scheduler = Toy(), _Scheduler()
+    with pytest.raises(AttributeError), Scopes(pipe.components | {"scheduler": scheduler}, recorder.Ranges()):
+        del scheduler.step  # what stands in for it
+    assert_untouched(pipe)
+
+
+class _Scheduler:
     def step(self):
         pass
 
+
+class _Locked(_Scheduler):
     def __setattr__(self, name, value):
         raise AttributeError(name)
 

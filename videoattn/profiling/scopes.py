@@ -10,6 +10,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -96,7 +97,7 @@ class Scopes:
         self._listener = listener
         self._pipe = pipe
         self._into_compiled = into_compiled
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> None:
         whole: set[str] = set()  # stages whose method is compiled
@@ -119,9 +120,7 @@ class Scopes:
             raise
 
     def __exit__(self, *error: object) -> None:
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        self._undo.close()  # all of it, also where one of them raises
 
     def _hook(self, component: str, model: nn.Module, whole: set[str]) -> None:
         compiled: list[str] = []
@@ -150,8 +149,8 @@ class Scopes:
         def after(module: nn.Module, args: object, output: object) -> None:
             leave(scope)
 
-        self._undo.append(module.register_forward_pre_hook(before, prepend=True).remove)
-        self._undo.append(module.register_forward_hook(after, always_call=True).remove)
+        self._undo.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+        self._undo.callback(module.register_forward_hook(after, always_call=True).remove)
 
     def _wrap_compiled(self, module: nn.Module, scope: Scope) -> None:
         """Around the compiled call: no guard sees it, so no graph breaks and none is made anew."""
@@ -163,7 +162,7 @@ class Scopes:
     def _wrap(self, owner: object, method: str, scope: Scope) -> None:
         function, own = getattr(owner, method), method in vars(owner)
         setattr(owner, method, _Told(function, scope, self._listener))
-        self._undo.append((lambda: setattr(owner, method, function)) if own else (lambda: delattr(owner, method)))
+        self._undo.callback((lambda: setattr(owner, method, function)) if own else (lambda: delattr(owner, method)))
 
 
 class _Told:
