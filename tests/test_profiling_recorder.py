@@ -238,6 +238,28 @@ def test_two_denoisers():
     assert {call.site.partition(".")[0] for call in made.calls if call.step >= 0} == {"transformer", "transformer_2"}
 
 
+def test_a_denoiser_under_two_names_runs_once_a_call():
+    from tiny_pipelines import build, inputs
+
+    pipe = build("wan22")
+    pipe.transformer_2 = pipe.transformer
+    runs = []
+
+    class Listener:
+        def enter(self, scope):
+            runs.append(scope.module)
+
+        def leave(self, scope):
+            pass
+
+    with Scopes(pipe.components, Listener(), pipe):
+        pipe(**inputs("wan22", pipe))
+    steps = [module for module in runs if module == "scheduler.step"]
+    denoiser = [module for module in runs if module in ("transformer", "transformer_2")]
+    assert denoiser == ["transformer"] * 2 * len(steps)  # with and without the prompt
+    assert not [module for module in runs if module.startswith("transformer_2")]
+
+
 def test_a_patched_pipeline_shows_our_backends_and_the_same_calls():
     from tiny_pipelines import build, inputs
 

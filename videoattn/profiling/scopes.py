@@ -112,8 +112,10 @@ class Scopes:
                     self.compiled.append(scope.module)
                     scope = replace(scope, role=COMPILED)
                 self._wrap(owner, method, scope)
+            hooked: set[nn.Module] = set()  # a model under two names goes by the first
             for name, part in self._components.items():
-                if isinstance(part, nn.Module) and name not in _PARTS_OF_OTHERS:
+                if isinstance(part, nn.Module) and name not in _PARTS_OF_OTHERS and part not in hooked:
+                    hooked.add(part)
                     self._hook(name, part, whole)
         except BaseException:
             self.__exit__()
