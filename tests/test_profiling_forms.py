@@ -35,6 +35,15 @@ def rows_of(printed: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in body if lines.index(line) < end]
 
 
+def test_advice_on_a_run_that_is_one_thing_only():
+    made = profile_samples.wan()
+    alone = replace(
+        made, rows=tuple(row for row in made.rows if row.operator == "linear" and row.stage == "transformer")
+    )
+    assert summary.advice(alone) == "All of the time is linear."
+    assert summary.advice(replace(made, rows=())) == "nothing was recorded"
+
+
 # -- the terminal -------------------------------------------------------------------------------------------------------
 
 

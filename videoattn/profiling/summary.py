@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from videoattn.call import KINDS
 from videoattn.profiling.categories import ATTENTION, UNNAMED, category, label
 from videoattn.profiling.profile import AttentionCall, Profile, Row
 
 ATTENTIONS = (*KINDS, ATTENTION)
+ALL = 0.9995  # a share that is written as 100 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,16 +238,12 @@ def advice(profile: Profile) -> str:
     if not ranked:
         return "nothing was recorded"
     first = ranked[0]
-    gain = 1 / (1 - first.share) if first.share < 1 else float("inf")
+    if first.share > ALL:
+        return f"All of the time is {first.name}."
     return (
-        f"{first.share:.0%} of the time is {first.name}: free, it would make the run {gain:.2f}x faster. "
+        f"{first.share:.0%} of the time is {first.name}: free, it would make the run {1 / (1 - first.share):.2f}x faster. "
         f"If attention were free, this run would be {without_attention(profile):.2f}x faster."
     )
-
-
-def partial(profile: Profile, error: str) -> Profile:
-    """The same profile, marked as broken off."""
-    return replace(profile, error=error)
 
 
 def _clean_seconds(profile: Profile, ms: float) -> float:
