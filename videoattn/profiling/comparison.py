@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from videoattn.profiling import summary
-from videoattn.profiling.profile import Profile, _plain
+from videoattn.profiling.profile import Profile, plain
 from videoattn.quality import VideoDifference
 
 SCHEMA = "videoattn.comparison/1"
@@ -162,8 +162,8 @@ class Comparison:
 
     def to_json(self) -> str:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: json.loads(v.to_json()) if isinstance(v, Profile) else _plain(v) for name, v in parts.items()}
-        return json.dumps(plain, separators=(",", ":"), allow_nan=False)
+        stored = {name: json.loads(v.to_json()) if isinstance(v, Profile) else plain(v) for name, v in parts.items()}
+        return json.dumps(stored, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:

@@ -20,7 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -108,12 +108,12 @@ class Counts:
     @property
     def calls(self) -> tuple[AttentionCall, ...]:
         """Attention calls in the order of the run, their `ms` 0."""
-        return tuple(call.fact() for call in self._calls)
+        return tuple(call.done() for call in self._calls)
 
     @property
     def silent(self) -> set[str]:
         """Attention modules that ran and in which no attention was recognised."""
-        return self._ran_silently - {call.site for call in self._calls}
+        return self._ran_silently - {call.facts.site for call in self._calls}
 
     @property
     def peak_bytes(self) -> int:
@@ -128,7 +128,7 @@ class Counts:
     def overcounted(self) -> float:
         """FLOPs of attention in the rows over those of the calls, which are known by their shapes: over 1, something counts twice."""
         rows = sum(row[1] for (_, _, operator), row in self._rows.items() if operator in ATTENTIONS)
-        calls = sum(call.flops for call in self._calls)
+        calls = sum(call.facts.flops for call in self._calls)
         return rows / calls if calls else float(rows > 0)
 
     # ---- a listener of Scopes
@@ -169,13 +169,14 @@ class Counts:
             return
         call = self._around = self._open(q, k, v, layout)
         call.is_operator = is_operator
+        computed = False
         try:
             yield
-        except BaseException:
-            self._calls.remove(call)
-            raise
+            computed = True
         finally:
             self._around = None
+            if not computed:
+                self._calls.remove(call)
         self._close(call)
 
     def _open(self, q: Tensor, k: Tensor, v: Tensor, layout: str) -> _Call:
@@ -193,19 +194,28 @@ class Counts:
             bytes=costs.nbytes(q) + costs.nbytes(k) + costs.nbytes(v) + out,
         )
 
-    def _call(self, **facts: Any) -> _Call:
+    def _call(self, *, q_len: int, kv_len: int, heads: int, batch: int, head_dim: int, **facts: Any) -> _Call:
         frame = self._stack[-1]
         site = frame.attention or frame
         step, steps, branch = self._where()
-        call = _Call(
+        known = AttentionCall(
             stage=frame.scope.stage,
             site=site.scope.module,
             kind=frame.scope.kind,
             step=step,
             steps=steps,
             branch=branch,
+            batch=batch,
+            heads=heads,
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            flops=4 * batch * heads * q_len * kv_len * head_dim,
+            backend="",
+            ms=0.0,
             **facts,
         )
+        call = _Call(known)
         self._calls.append(call)
         frame.calls.append(call)
         return call
@@ -214,7 +224,7 @@ class Counts:
         """Where no operator of the call was seen (a kernel of ours, a stand-in), it counts by its shapes."""
         call.backend = call.backend or ("sdpa_math" if call.seen else "sdpa")
         if not call.seen:
-            self._add(call.kind or ATTENTION, call.flops, 0, call.bytes)
+            self._add(call.kind or ATTENTION, call.facts.flops, 0, call.facts.bytes)
 
     # ---- operators
 
@@ -360,44 +370,28 @@ def _share(layout: int, calls: list[_Call]) -> None:
         call.layout_bytes += layout // len(calls)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class _Call:
-    """An `AttentionCall` in the making.
+    """An attention call while it runs.
 
     Args:
+        facts: what is known of it when it begins: not its backend, nor the copies around it.
         seen: whether an operator that computes it was counted.
         is_operator: whether it runs inside of the operator videoattn::attend.
     """
 
-    stage: str
-    site: str
-    kind: str
-    step: int
-    steps: int
-    branch: str
-    batch: int
-    heads: int
-    kv_heads: int
-    q_len: int
-    kv_len: int
-    head_dim: int
-    dtype: str
-    bytes: int
+    facts: AttentionCall
     backend: str = ""
     layout_bytes: int = 0
     seen: bool = False
     is_operator: bool = False
 
     @property
-    def flops(self) -> int:
-        return 4 * self.batch * self.heads * self.q_len * self.kv_len * self.head_dim
+    def kind(self) -> str:
+        return self.facts.kind
 
-    def fact(self) -> AttentionCall:
-        facts = {name: getattr(self, name) for name in _FACTS}
-        return AttentionCall(ms=0.0, flops=self.flops, **facts)
-
-
-_FACTS = tuple(f.name for f in fields(_Call) if f.name not in ("seen", "is_operator"))
+    def done(self) -> AttentionCall:
+        return replace(self.facts, backend=self.backend, layout_bytes=self.layout_bytes)
 
 
 class _Functions(TorchFunctionMode):

@@ -222,7 +222,7 @@ class Profile:
 
     def to_json(self) -> str:
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trace"}
-        return json.dumps({name: _plain(value) for name, value in parts.items()}, separators=(",", ":"))
+        return json.dumps({name: plain(value) for name, value in parts.items()}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
@@ -265,14 +265,14 @@ class Profile:
         return table(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For json: dataclasses as mappings, times with the digits that mean something."""
     if hasattr(value, "__dataclass_fields__"):
         value = asdict(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

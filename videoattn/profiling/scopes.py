@@ -100,29 +100,30 @@ class Scopes:
         self._undo = ExitStack()
 
     def __enter__(self) -> None:
-        whole: set[str] = set()  # stages whose method is compiled
-        try:
-            for name, method, stage in _METHODS:
-                owner = self._components.get(name) if name else self._pipe
-                function, scope = getattr(owner, method, None), Scope(stage, f"{name or 'pipeline'}.{method}")
-                if not callable(function):
-                    continue
-                if _is_compiled_function(function) and not self._into_compiled:
-                    whole.add(stage)
-                    self.compiled.append(scope.module)
-                    scope = replace(scope, role=COMPILED)
-                self._wrap(owner, method, scope)
+        with self._undo:  # undone here where something raises
+            whole = set(self._wrap_methods())
             hooked: set[nn.Module] = set()  # a model under two names goes by the first
             for name, part in self._components.items():
                 if isinstance(part, nn.Module) and name not in _PARTS_OF_OTHERS and part not in hooked:
                     hooked.add(part)
                     self._hook(name, part, whole)
-        except BaseException:
-            self.__exit__()
-            raise
+            self._undo = self._undo.pop_all()
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()  # all of it, also where one of them raises
+
+    def _wrap_methods(self) -> Iterator[str]:
+        """Yields the stages whose method is compiled."""
+        for name, method, stage in _METHODS:
+            owner = self._components.get(name) if name else self._pipe
+            function, scope = getattr(owner, method, None), Scope(stage, f"{name or 'pipeline'}.{method}")
+            if not callable(function):
+                continue
+            if _is_compiled_function(function) and not self._into_compiled:
+                yield stage
+                self.compiled.append(scope.module)
+                scope = replace(scope, role=COMPILED)
+            self._wrap(owner, method, scope)
 
     def _hook(self, component: str, model: nn.Module, whole: set[str]) -> None:
         compiled: list[str] = []
