@@ -67,8 +67,11 @@ class TritonBackend:
     def __repr__(self) -> str:
         return f"TritonBackend({self.name!r})"
 
+    def computes(self, decision: Decision) -> bool:
+        return decision == EXACT
+
     def refuses(self, call: Call, decision: Decision) -> str | None:
-        if decision != EXACT:
+        if not self.computes(decision):
             return f"computes exact attention only, asked for {decision}"
         if call.device.type != "cuda":
             return "no GPU"

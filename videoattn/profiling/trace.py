@@ -56,7 +56,7 @@ class Ranges:
     def leave(self, scope: Scope) -> None:
         self._open.pop().__exit__(None, None, None)
 
-    def begin(self, plan, q, k, v) -> None:
+    def begin(self, plan) -> None:
         opened = torch._C._profiler._RecordFunctionFast(ATTEND + plan.choice.backend.name)
         opened.__enter__()
         self._open.append(opened)
