@@ -14,7 +14,7 @@ GOOD, FAIR, BAD = (Error(cosine=c, rel_l1=1 - c, rel_l2=1 - c) for c in (0.9999,
 
 
 def errors(**given):
-    return {**{STUDIED: BAD, "int8_qk_fp8_pv": FAIR, "int8_qk_16bit_pv": GOOD, "exact": GOOD}, **given}
+    return {STUDIED: BAD, "int8_qk_fp8_pv": FAIR, "int8_qk_16bit_pv": GOOD, "exact": GOOD, **given}
 
 
 def tuned(target, **parts):
@@ -74,7 +74,8 @@ def test_precisions_err_in_the_order_of_their_bits():
     found = tuning.measure(*make_qkv(2, 40, 300, 4, 64, kv_heads=2, seed=1))
     order = sorted(found, key=lambda each: found[each].rel_l2)
     assert order == ["exact", "int8_qk_16bit_pv", "int8_qk_fp8_pv", STUDIED]
-    assert found["exact"].rel_l2 < 1e-5 < 1e-3 < found["int8_qk_16bit_pv"].rel_l2 < 0.02
+    assert found["exact"].rel_l2 < 1e-5
+    assert 1e-3 < found["int8_qk_16bit_pv"].rel_l2 < 0.02
     assert 0.02 < found["int8_qk_fp8_pv"].rel_l2 < 0.05
 
 

@@ -269,15 +269,15 @@ def measure(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, kv_l
         for head in range(k.shape[2]):
             part = q[:, :, head * group : (head + 1) * group], k[:, :, head : head + 1], v[:, :, head : head + 1]
             exact.append(reference.attend(*part, **options)[0])
-            for each in outs:
-                outs[each].append(
-                    plain_attention(*part, **options) if each == "exact" else _quantised(each, *part, **options)
-                )
+            for each, made in outs.items():
+                made.append(_attend(each, *part, **options))
     wanted = torch.cat(exact, dim=2)
     return {each: Error.of(torch.cat(heads, dim=2), wanted) for each, heads in outs.items()}
 
 
-def _quantised(precision: str, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+def _attend(precision: str, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    if precision == "exact":
+        return plain_attention(q, k, v, **options)
     return quantised_reference.attend(q, k, v, precision=precision, **options)[0]
 
 
