@@ -44,12 +44,6 @@ def forced(head_dim: int, device: torch.device) -> str:
     return names[-1]  # the one for this architecture alone stands last
 
 
-def share_on(report: videoattn.reports.Report, backend: str) -> float:
-    """Of the self-attention calls, how many ran on a backend."""
-    calls = {(row.kind, row.shape, row.backend): row.calls for row in report.sites if row.kind in ("full", "joint")}
-    return sum(count for (_, _, name), count in calls.items() if name == backend) / sum(calls.values())
-
-
 def psnr(videos: np.ndarray, references: np.ndarray) -> tuple[float, float]:
     """dB, mean over the videos and the least; of two that are identical, the greatest that fp32 frames can tell."""
     values = [
@@ -90,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     exact = clips("exact", "sdpa")
     kernel = forced(pipe.transformer.config.attention_head_dim, device)
     quantised = clips("balanced", kernel)
-    share = share_on(videoattn.report(pipe), kernel)
+    share = videoattn.report(pipe).shares.get(str(PRESETS["balanced"].decision), 0.0)
     wanted = [(s.things[0].colour, s.things[0].shape, s.things[0].direction) for s in scenes]
     before, after = ([a == b for a, b in zip(followed(made), wanted, strict=True)] for made in (exact, quantised))
     runs = {
