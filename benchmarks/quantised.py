@@ -20,12 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from videoattn import guard
 from videoattn.backend import backends
 from videoattn.benchmarks import attention, find_shapes, results, timing
 from videoattn.kernels import quantised_reference
 from videoattn.kernels.reference import attend
-from videoattn.policy import PRESETS, Dense, Precision
+from videoattn.policy import PRESETS, Precision
 from videoattn.quality import attention_error
 from videoattn.testing import HardKind, make_hard_qkv
 from videoattn.verify import select_verified
@@ -42,42 +41,18 @@ CASES: dict[str, tuple[int, int, int, int]] = {  # batch, heads, tokens, head_di
 }
 CHOSEN = {"chosen 5k": "ltx"}
 CUDNN, SAGE = "sdpa_cudnn", "sageattention"
-TOLERANCE = {"int8_qk_fp8_pv": 0.06, "int8_qk_16bit_pv": 0.03, "int8_qk_int8_pv": 0.06, "exact": attention.TOLERANCE}
 HARD: tuple[HardKind, ...] = ("normal", "outlier channels", "common k offset", "heavy tails")
 HARD_SIZE = (1, 4096, 4, 128)  # batch, tokens, heads, head_dim
 SMOOTHED = {"none": (False, False), "k": (True, False), "q": (False, True), "both": (True, True)}  # smooth_k, smooth_q
 
 
-def check(problem: attention.Problem, limit: float) -> timing.Check:
-    """Relative L2 of a sample of rows against the oracle."""
-
-    def error(inputs: timing.Inputs, out: Tensor, baseline: Tensor) -> float:
-        q, k, v = inputs[:3]
-        rows = torch.randperm(q.shape[1], device=q.device)[: attention.SAMPLE_ROWS]
-        exact, _ = attend(q[:, rows], k, v)
-        rel_l2 = float((out[:, rows] - exact).norm() / exact.norm())
-        if not (rel_l2 <= limit and bool(out.isfinite().all())):
-            raise timing.WrongOutput(
-                f"{problem.shape.name}: wanted a finite output within {limit} of fp64, got {rel_l2:.2e}"
-            )
-        return rel_l2
-
-    return error
-
-
 def computing(problem: attention.Problem, precision: Precision) -> dict[str, Callable[..., Tensor]]:
     """Our kernels of a precision on a call, by backend name; quantisation included."""
-    call, decision = problem.call(), Dense(precision)
-    runs = {
-        backend.name: backend.plan(call, decision, guard.flag())
-        for backend in backends()
-        if backend.own and backend.computes(decision) and backend.refuses(call, decision) is None
+    return {
+        backend.name: problem.planned(backend, decision)
+        for backend, decision in attention.quantising(problem.call())
+        if decision.precision == precision
     }
-    return {name: functools.partial(_on_inputs, run) for name, run in runs.items()}
-
-
-def _on_inputs(run, q, k, v, mask, kv_len) -> Tensor:
-    return run(q, k, v, None, None, None)
 
 
 def peer() -> Callable[..., Tensor] | None:
@@ -95,9 +70,9 @@ def measure(problem: attention.Problem, seconds: float) -> dict[tuple[str, str],
     sage = peer()
 
     def against(baseline, candidates: dict[str, Callable], limit: float) -> dict[str, timing.Comparison]:
-        limits = check(problem, max(limit, TOLERANCE["exact"]))
+        check = functools.partial(problem.error, tolerance=limit)
         options = {"device": problem.device, "seconds": seconds, "min_rounds": 3}
-        compared = timing.compare(baseline, candidates, problem.inputs, limits, **options)
+        compared = timing.compare(baseline, candidates, problem.inputs, check, **options)
         compared.pop("control")
         return compared
 
@@ -106,27 +81,26 @@ def measure(problem: attention.Problem, seconds: float) -> dict[tuple[str, str],
         candidates = computing(problem, precision)
         if not candidates:
             continue
-        limit = TOLERANCE[precision]
+        limit = attention.TOLERANCES[precision]
         compared = against(cudnn, candidates, limit)
         fastest = max(compared, key=lambda name: compared[name].ratio)
         found[precision, CUDNN] = compared[fastest]
         if sage is not None and precision == PRECISIONS[0]:
             found[precision, SAGE] = against(sage, {fastest: candidates[fastest]}, limit)[fastest]
     if sage is not None:
-        found[SAGE, CUDNN] = against(cudnn, {SAGE: sage}, TOLERANCE["int8_qk_16bit_pv"])[SAGE]
+        found[SAGE, CUDNN] = against(cudnn, {SAGE: sage}, attention.TOLERANCES["int8_qk_16bit_pv"])[SAGE]
     return found
 
 
 def chosen(problem: attention.Problem, seconds: float) -> tuple[str, timing.Comparison]:
     """What preset balanced takes on a call, and that against cuDNN."""
     choice = select_verified(problem.call(), PRESETS["balanced"].decision)
-    run = functools.partial(_on_inputs, choice.backend.plan(problem.call(), choice.decision, guard.flag()))
+    run = problem.planned(choice.backend, choice.decision)
     cudnn = problem.planned(next(backend for backend in backends() if backend.name == CUDNN))
-    limits = check(problem, TOLERANCE[choice.decision.precision])
+    check = functools.partial(problem.error, tolerance=attention.TOLERANCES[choice.decision.precision])
     options = {"device": problem.device, "seconds": seconds, "min_rounds": 5}
-    return str(choice.decision), timing.compare(cudnn, {choice.backend.name: run}, problem.inputs, limits, **options)[
-        choice.backend.name
-    ]
+    compared = timing.compare(cudnn, {choice.backend.name: run}, problem.inputs, check, **options)
+    return str(choice.decision), compared[choice.backend.name]
 
 
 def errors(device: torch.device) -> list[dict[str, object]]:
