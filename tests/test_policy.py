@@ -64,7 +64,11 @@ def test_decisions_read_as_reports_show_them():
         (lambda: Policy(exact_layers="blocks.*"), TypeError, "wanted a tuple of str, got a str"),
         (lambda: Policy("exact"), TypeError, "positional"),
         (lambda: Policy(decisions=EXACT), TypeError, "decisions"),
-        (lambda: Dense("int4"), ValueError, "precision: wanted one of exact, int8_qk_fp8_pv, got 'int4'"),
+        (
+            lambda: Dense("int4"),
+            ValueError,
+            "precision: wanted one of exact, int8_qk_fp8_pv, int8_qk_16bit_pv, int8_qk_int8_pv, got 'int4'",
+        ),
         (lambda: Sparse("random"), ValueError, "selector: wanted one of pooled, got 'random'"),
         (lambda: Sparse("pooled", "int4"), ValueError, "precision: wanted one of"),
     ],

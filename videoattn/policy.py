@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from videoattn.call import KINDS, Kind, Site, Step
 
-Precision = Literal["exact", "int8_qk_fp8_pv"]
+Precision = Literal["exact", "int8_qk_fp8_pv", "int8_qk_16bit_pv", "int8_qk_int8_pv"]
 Selector = Literal["pooled"]
 
 
