@@ -73,10 +73,12 @@ def config(head_dim: int, pv: PV, capability: int) -> dict[str, int]:
             warps = 8
     elif padded <= 64:
         m, n, warps, stages = 128, 64, 4, 2
-    elif padded <= 128 or capability // 10 == 10:
+    elif padded <= 128 or capability // 10 == 10 and pv != "int8":
         m, n, warps, stages = 128, 64, 8, 2
     elif padded <= 160:
         m, n, warps, stages = 128, 32, 8, 2
+    elif padded <= 192 and pv == "16bit":
+        m, n, warps, stages = 128, 16, 8, 2
     else:
         m, n, warps, stages = 64, 32, 8, 2
     settings = {"M": m, "N": n, "num_warps": warps, "num_stages": stages, "MAGIC": False, "TMA": capability // 10 == 9}
