@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,12 +18,21 @@ from torch import Tensor
 from videoattn import measured
 from videoattn.call import Call
 from videoattn.policy import EXACT, Decision, acceptable
+from videoattn.prologue import Prologue, Stream
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, kv_len, scale) -> out; q, k, v, out in the call's layout, out contiguous as [B, N, H, D]."""
 
+RunStreams = Callable[[Sequence[Stream], Tensor | None], Tensor]
+"""(streams, kv_len) -> out [B, Nq, H, D], contiguous; empties the streams."""
+
 MODULES = ("videoattn.kernels.sdpa",)
-TRITON_MODULES = ("videoattn.kernels.temporal", "videoattn.kernels.flash", "videoattn.kernels.flash_hopper")
+TRITON_MODULES = (
+    "videoattn.kernels.temporal",
+    "videoattn.kernels.flash",
+    "videoattn.kernels.flash_hopper",
+    "videoattn.kernels.quantised",
+)
 """Imported where Triton is installed, which has no build for macOS."""
 
 
@@ -44,6 +53,13 @@ class Backend(Protocol):
         flag: int32 [1] in memory that the host and the call's device share (`videoattn.guard.flag`). A kernel that is our
             own stores 1 there when an output is not finite, and nothing else; others ignore it. None: nobody looks.
         """
+
+
+class StreamsBackend(Backend, Protocol):
+    """A backend with a pass of its own between raw projections and its kernel."""
+
+    def plan_streams(self, call: Call, decision: Decision, prologue: Prologue, flag: Tensor | None) -> RunStreams:
+        """As `plan`, for streams that make such a call and that `kernels/prepare.py` does not refuse."""
 
 
 class UnsupportedCall(ValueError):

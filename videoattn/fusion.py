@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -20,16 +20,13 @@ import torch
 from torch import Tensor
 
 from videoattn import guard
-from videoattn.backend import Backend
+from videoattn.backend import Backend, RunStreams
 from videoattn.call import Call
 from videoattn.kernels import reference
 from videoattn.policy import Decision
 from videoattn.prologue import Prologue, Stream
 from videoattn.testing import excess
 from videoattn.verify import FACTOR
-
-RunStreams = Callable[[Sequence[Stream], Tensor | None], Tensor]
-"""(streams, kv_len) -> out [B, Nq, H, D], contiguous; empties the streams."""
 
 TURNED, AROUND = 192, 40  # tokens of a check that the rotation turns, and before and after them
 

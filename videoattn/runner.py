@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 from videoattn import fusion, guard
-from videoattn.backend import Choice, Run, select
+from videoattn.backend import Choice, Run, RunStreams, select
 from videoattn.call import Call, Kind, Layout
-from videoattn.fusion import RunStreams
 from videoattn.policy import EXACT, Decision
 from videoattn.prologue import Prologue, Stream
 from videoattn.verify import select_verified
