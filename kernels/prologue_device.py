@@ -87,20 +87,24 @@ class Rope(NamedTuple):
 @triton.jit
 def token_rows(x, b, start, tokens, FORM: tl.constexpr):
     """Where tokens start + `tokens` [R] begin, with all their heads."""
-    b, start = b.to(tl.int64), start.to(tl.int64)
-    rows = (x.x0 + tl.multiple_of(b * x.sb0 + start * x.sn0, FORM.ALIGN)) + tl.multiple_of(tokens * x.sn0, FORM.ALIGN)
+    ALIGN: tl.constexpr = FORM.ALIGN
+    b, start = b.to(tl.int64), tl.cast(start, tl.int64)
+    # Every product has a hint of its own: a sum's is lost where one of its terms is known to be 0.
+    rows = x.x0 + tl.multiple_of(b * x.sb0, ALIGN) + tl.multiple_of(start * x.sn0, ALIGN)
+    rows = rows + tl.multiple_of(tokens * x.sn0, ALIGN)
     if x.x1 is not None:
-        base = x.x1 + tl.multiple_of(b * x.sb1 + (start - x.border) * x.sn1, FORM.ALIGN)
-        rows = tl.where(start + tokens < x.border, rows, base + tl.multiple_of(tokens * x.sn1, FORM.ALIGN))
+        other = x.x1 + tl.multiple_of(b * x.sb1, ALIGN) + tl.multiple_of((start - x.border) * x.sn1, ALIGN)
+        rows = tl.where(start + tokens < x.border, rows, other + tl.multiple_of(tokens * x.sn1, ALIGN))
     return rows
 
 
 @triton.jit
-def load_rows(x, rows, heads, keep, FORM: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_rows(x, rows, heads, keep, FORM: tl.constexpr):
     """The rows [R, DP] of `heads` ([R], or [1] where all are of one head); 0 beyond D or where `keep` is not set."""
+    ALIGN: tl.constexpr = FORM.ALIGN
     d = tl.arange(0, FORM.DP)
-    places = tl.multiple_of(heads * x.sh, FORM.ALIGN)[:, None] + d[None, :]
-    return tl.load(rows[:, None] + places, keep[:, None] & (d < FORM.D)[None, :], 0.0, eviction_policy=EVICT)
+    places = tl.multiple_of(heads * x.sh, ALIGN)[:, None] + d[None, :]
+    return tl.load(rows[:, None] + places, keep[:, None] & (d < FORM.D)[None, :], 0.0)
 
 
 @triton.jit
@@ -118,9 +122,11 @@ def inverse_rms(rows, keep, eps, COLUMNS: tl.constexpr, FORM: tl.constexpr):
 @triton.jit
 def tables(rope, b, start, tokens, heads, keep, FORM: tl.constexpr):
     """cos and sin [R, DP / 2] of tokens start + `tokens`; 0 for tokens that do not turn."""
+    ALIGN: tl.constexpr = FORM.ROPE_ALIGN
     d = tl.arange(0, FORM.DP)
-    base = tl.multiple_of(b.to(tl.int64) * rope.sb + (start.to(tl.int64) - rope.first) * rope.sn, FORM.ROPE_ALIGN)
-    rows = tl.multiple_of(tokens * rope.sn, FORM.ROPE_ALIGN) + tl.multiple_of(heads * rope.sh, FORM.ROPE_ALIGN)
+    first = tl.cast(start, tl.int64) - rope.first
+    base = tl.multiple_of(b.to(tl.int64) * rope.sb, ALIGN) + tl.multiple_of(first * rope.sn, ALIGN)
+    rows = tl.multiple_of(tokens * rope.sn, ALIGN) + tl.multiple_of(heads * rope.sh, ALIGN)
     keep = keep & turning(rope, start, tokens)
     if FORM.REPEATED:  # read as wide as the rows that turn, so that both lie alike in registers
         places, here = rows[:, None] + d[None, :], keep[:, None] & (d < FORM.D)[None, :]
@@ -156,6 +162,17 @@ def finish(tile, inverse, c, s, x, rope, b, start, tokens, heads, eps, FORM: tl.
 
 
 @triton.jit
+def _weights(w0, w1, first, places, FORM: tl.constexpr):
+    """Weights [1, DP], or [R, DP] where every row has those of its own stream."""
+    keep = (tl.arange(0, FORM.DP) < FORM.D)[None, :]
+    if w1 is None:
+        w = tl.load(w0 + places, keep, 0.0)
+    else:
+        w = tl.load(tl.where(first, w0, w1)[:, None] + places, keep, 0.0)
+    return w.to(tl.float32)
+
+
+@triton.jit
 def _normalise(tile, inverse, x, start, tokens, heads, eps, FORM: tl.constexpr):
     d = tl.arange(0, FORM.DP)
     y = tile.to(tl.float32)
@@ -167,17 +184,10 @@ def _normalise(tile, inverse, x, start, tokens, heads, eps, FORM: tl.constexpr):
     if FORM.NORM == "rms_rounded":
         y = y.to(tile.dtype).to(tl.float32)
     places = (heads[:, None] * FORM.D + d[None, :]) if FORM.ACROSS else d[None, :]
-    first = (start + tokens < x.border)[:, None]
     if x.w0 is not None:
-        w = tl.load(x.w0 + places, (d < FORM.D)[None, :], 0.0).to(tl.float32)
-        if x.w1 is not None:
-            w = tl.where(first, w, tl.load(x.w1 + places, (d < FORM.D)[None, :], 0.0).to(tl.float32))
-        y = y * w
+        y = y * _weights(x.w0, x.w1, start + tokens < x.border, places, FORM)
     if x.b0 is not None:
-        w = tl.load(x.b0 + places, (d < FORM.D)[None, :], 0.0).to(tl.float32)
-        if x.b1 is not None:
-            w = tl.where(first, w, tl.load(x.b1 + places, (d < FORM.D)[None, :], 0.0).to(tl.float32))
-        y = y + w
+        y = y + _weights(x.b0, x.b1, start + tokens < x.border, places, FORM)
     return y.to(tile.dtype)
 
 
@@ -192,4 +202,4 @@ def _rotate(tile, c, s, FORM: tl.constexpr):
     else:
         a = even * c - odd * s
         b = even * s + odd * c
-    return tl.reshape(tl.join(a.to(tile.dtype), b.to(tile.dtype)), [tile.shape[0], FORM.DP])
+    return tl.reshape(tl.join(a, b), [tile.shape[0], FORM.DP]).to(tile.dtype)

@@ -70,7 +70,7 @@ def config(heads: int, head_dim: int, across: bool, blocks: int) -> dict[str, in
     rows = min(4096 // triton.next_power_of_2(head_dim), KEYS)
     together = 4 if across else 1
     wanted = max(1, min(heads, 256 // blocks))
-    return {"T": rows // together, "HB": together, "COLUMNS": 256, "SPLIT": wanted}
+    return {"T": rows // together, "HB": together, "COLUMNS": 256, "SPLIT": wanted, "num_warps": 4}
 
 
 def _chunks(programs: int) -> int:
@@ -93,14 +93,14 @@ def _plan(
     statistics = Launch(
         batch * kv_heads * (chunks + 1 if has_v else 1),
         (kv_heads, *k, *v, *rope),
-        {"CHUNKS": chunks, "VT": 64, "COLUMNS": settings["COLUMNS"], "FORM": form, "num_warps": 8},
+        {"CHUNKS": chunks, "VT": 64, "COLUMNS": 128, "FORM": form, "num_warps": 8},
     )
     programs = KEYS // settings["T"] * q_split + 4 * k_split + (kv_heads if has_v else 0)
     levels = 448.0 if pv == "fp8" else 127.0
     operands = Launch(
         batch * blocks * programs,
         (heads, kv_heads, blocks, q_split, k_split, *q, *k, *v, *rope),
-        {"EPS": eps, "CHUNKS": chunks, **settings, "LEVELS": levels, "FORM": form, "num_warps": 4},
+        {"EPS": eps, "CHUNKS": chunks, **settings, "LEVELS": levels, "FORM": form},
     )
     return chunks, statistics, operands
 

@@ -73,7 +73,8 @@ def _statistics(
     FORM: tl.constexpr,
 ):  # fmt: skip
     """Mean of k over some tokens; greatest absolute values of v. Programs of a head's mean first, they take longest."""
-    d = tl.arange(0, FORM.DP)
+    DP: tl.constexpr = FORM.DP
+    d = tl.arange(0, DP)
     pid = tl.program_id(0)
     chunk = pid % (CHUNKS + 1) if v_max is not None else CHUNKS
     head = pid // (CHUNKS + 1) if v_max is not None else pid
@@ -103,7 +104,7 @@ def _statistics(
         v = Source(v0, v1, v_w0, v_w1, v_b0, v_b1, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
         heads = h + tl.zeros([1], tl.int32)
         tokens = tl.arange(0, VT)
-        top = tl.zeros([VT, FORM.DP], tl.int32)
+        top = tl.zeros([VT, DP], tl.int32)
         for start in range(chunk * VT, length, CHUNKS * VT):  # all chunks go through memory side by side
             rows = token_rows(v, b, start, tokens, FORM)
             tile = load_rows(v, rows, heads, start + tokens < length, FORM)
@@ -136,7 +137,7 @@ def _operands(
     The last block first: the end of v may still be in the cache.
     """
     rope = Rope(cos, sin, rope_first, rope_last, rope_sb, rope_sn, rope_sh, rope_sp)
-    q_programs, k_programs = KEYS // T * q_split, KEYS // GROUP * k_split
+    q_programs, k_programs = q_split * (KEYS // T), k_split * (KEYS // GROUP)
     v_programs = kv_heads if v8 is not None else 0
     of_block = q_programs + k_programs + v_programs
     pid = tl.program_id(0)
@@ -162,11 +163,10 @@ def _operands(
                 k, rope, kv_lens, k_mean, k8, k_scale, b, block, part // k_split, low, tl.minimum(low + share, kv_heads),
                 kv_heads, EPS, COLUMNS, FORM,
             )  # fmt: skip
-    elif v8 is not None:
-        if block * KEYS < v_tokens:
-            v = Source(v0, v1, v_w0, v_w1, v_b0, v_b1, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
-            h = part - q_programs - k_programs
-            _quantise_v(v, kv_lens, v_max, v8, v_scale, b, block, h, kv_heads, CHUNKS, LEVELS, FORM)
+    elif v8 is not None and block * KEYS < v_tokens:
+        v = Source(v0, v1, v_w0, v_w1, v_b0, v_b1, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
+        h = part - q_programs - k_programs
+        _quantise_v(v, kv_lens, v_max, v8, v_scale, b, block, h, kv_heads, CHUNKS, LEVELS, FORM)
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def _quantise_q(
             kv_head = (h + shared) // (heads // kv_heads)
             mean = tl.load(k_mean + (b * kv_heads + kv_head)[:, None] * FORM.D + d[None, :], (d < FORM.D)[None, :], 0.0)
             tl.store(lse_shift + first + places, tl.sum(x * mean, 1) * (qk_scale * LN2), keep)
-        out = q8 + first * W + (places[:, None] * W + d[None, :])
+        out = q8 + first * W + (places[:, None] * W + tl.max_contiguous(d, 8)[None, :])
         tl.store(out, _rounded(x * inverse_scale[:, None]), keep[:, None] & (d < W)[None, :])
         tile = following
 
@@ -239,7 +239,7 @@ def _quantise_k(
         x = tl.where(here[:, None], x - mean[None, :], 0.0)
         scale, inverse_scale = _scale(tl.max(tl.max(_bits(x), 1), 0), 127.0)
         tl.store(k_scale + (head.to(tl.int64) * blocks + block) * 4 + group, scale)
-        out = k8 + (head.to(tl.int64) * k.tokens + start) * W + (tokens[:, None] * W + d[None, :])
+        out = k8 + (head.to(tl.int64) * k.tokens + start) * W + (tokens[:, None] * W + tl.max_contiguous(d, 8)[None, :])
         tl.store(out, _rounded(x * inverse_scale), (start + tokens < k.tokens)[:, None] & (d < W)[None, :])
         tile = following
 
@@ -255,6 +255,7 @@ def _quantise_v(
     neighbours of the output. Position j of 16 holds token ORDER[j] = 8 (j / 2 % 2) + 2 (j / 4) + j % 2.
     """
     W: tl.constexpr = (FORM.D + 15) // 16 * 16
+    DP: tl.constexpr = FORM.DP
     SIXTEENS: tl.constexpr = KEYS // 16
     d = tl.arange(0, FORM.DP)
     r = tl.arange(0, KEYS)
@@ -264,15 +265,15 @@ def _quantise_v(
     here = start + tokens < _length(kv_lens, b, v.tokens)
     head = (b * kv_heads + h).to(tl.int64)
     tile = load_rows(v, token_rows(v, b, start, tokens, FORM), h + tl.zeros([1], tl.int32), here, FORM)
-    chunks = tl.arange(0, CHUNKS)[:, None] * FORM.D + d[None, :]
+    chunks = (tl.arange(0, CHUNKS) * FORM.D)[:, None] + d[None, :]
     top = tl.max(tl.load(v_max + head * CHUNKS * FORM.D + chunks, (d < FORM.D)[None, :], 0), 0)
     scale, inverse_scale = _scale(top, LEVELS)
     if block == 0:
         tl.store(v_scale + head * FORM.D + d, scale, d < FORM.D)
     x = tile.to(tl.float32) * inverse_scale[None, :]
     y = _rounded(x) if LEVELS == 127.0 else x.to(v8.dtype.element_ty)
-    y = tl.permute(tl.reshape(y, [16, SIXTEENS, FORM.DP]), [2, 1, 0])
-    y = tl.reshape(y, [FORM.DP, KEYS])
+    y = tl.permute(tl.reshape(y, [16, SIXTEENS, DP]), [2, 1, 0])
+    y = tl.reshape(y, [DP, KEYS])
     padded = (v.tokens + KEYS - 1) // KEYS * KEYS
     out = v8 + head * W * padded + start
     places = tl.multiple_of(d * padded, KEYS)[:, None] + tl.arange(0, KEYS)[None, :]
