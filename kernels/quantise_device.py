@@ -100,7 +100,7 @@ def _statistics(
         count = tl.maximum((length + stride - 1) // stride, 1)
         mean = tl.sum(tl.where(here[:, None], tile, 0.0), 0) / count
         tl.store(k_mean + head.to(tl.int64) * FORM.D + d, mean, d < FORM.D)
-    else:
+    elif v_max is not None:  # Triton 3.6 compiles both branches
         v = Source(v0, v1, v_w0, v_w1, v_b0, v_b1, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
         heads = h + tl.zeros([1], tl.int32)
         tokens = tl.arange(0, VT)
