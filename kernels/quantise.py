@@ -67,10 +67,17 @@ def config(heads: int, head_dim: int, across: bool, blocks: int) -> dict[str, in
     Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Rows across heads are read
     twice, so few tokens a program: what all programs hold must stay in L2.
     """
-    rows = min(4096 // triton.next_power_of_2(head_dim), KEYS)
+    padded = triton.next_power_of_2(head_dim)
+    rows = min(4096 // padded, KEYS)
     together = 4 if across else 1
     wanted = max(1, min(heads, 256 // blocks))
-    return {"T": rows // together, "HB": together, "COLUMNS": 256, "SPLIT": wanted, "num_warps": 4}
+    return {
+        "T": rows // together,
+        "HB": together,
+        "COLUMNS": 256,
+        "SPLIT": wanted,
+        "num_warps": 4 if padded <= 128 else 8,
+    }
 
 
 def _chunks(programs: int) -> int:
