@@ -15,7 +15,7 @@ TEXT_TOKENS = 512  # the host's transformer hard-codes where the image's tokens 
 
 
 class WanProcessor(FastProcessor):
-    prologue = Prologue(norm="across_heads", rotate=rotate_pairs)
+    prologue = Prologue(norm="across_heads", rotate=rotate_pairs, pairs="halves")
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if self.run is None:
