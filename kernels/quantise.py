@@ -16,48 +16,19 @@ Letters: B batch, Nq/Nk queries and keys, H/Hkv heads, D head_dim, W: D up to a 
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from videoattn.kernels.operands import KEYS, PV, Quantised
 from videoattn.kernels.projections import Raw, finished, read, refuses
 from videoattn.kernels.prologue_device import Form
-from videoattn.kernels.quantise_device import KEYS as _KEYS
 from videoattn.kernels.quantise_device import _operands, _statistics
 from videoattn.kernels.triton_backend import Launch, on_device_of, scale_log2, unit_stride
 from videoattn.prologue import Prologue, Stream, split_heads
 
-__all__ = ["KEYS", "OFFSET", "ORDER", "Quantised", "quantise", "quantise_streams", "refuses"]
-
-KEYS = _KEYS.value  # keys of a block
-ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-OFFSET = 8.807  # of the exponent, where probabilities are e4m3: 2^OFFSET is just below 448
-PV = Literal["fp8", "int8", "16bit"]
-
-
-class Quantised(NamedTuple):
-    """Operands of the attention kernels.
-
-    q: int8 [B, H, Nq, W], contiguous; columns beyond D are 0.
-    q_scale: fp32 [B, H, Nq]: holds scale * log2(e).
-    k: int8 [B, Hkv, Nk, W], contiguous; rows at or beyond kv_len[b] are 0.
-    k_scale: fp32 [B, Hkv, Nk / KEYS rounded up, 4]: of the tokens t of a block with (t % 8) // 2 == g, which are those that
-        one thread of four owns in a fragment of the product.
-    v: "fp8", "int8": e4m3 or int8 [B, Hkv, W, P], contiguous; of each 16 tokens, position i holds token ORDER[i]; tokens at
-        or beyond kv_len[b], and rows beyond D, are 0. "16bit": [B, Nk, Hkv, D] as it came.
-    v_scale: fp32 [B, Hkv, D], None for "16bit".
-    lse_shift: fp32 [B, H, Nq]: scale * q kbar, where a log-sum-exp is asked for.
-    """
-
-    q: Tensor
-    q_scale: Tensor
-    k: Tensor
-    k_scale: Tensor
-    v: Tensor
-    v_scale: Tensor | None
-    lse_shift: Tensor | None
+__all__ = ["quantise", "quantise_streams", "refuses"]
 
 
 @functools.cache

@@ -14,9 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from videoattn.kernels import operands
 from videoattn.kernels.prologue_device import Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
 
-KEYS = tl.constexpr(128)
+KEYS = tl.constexpr(operands.KEYS)
 GROUP = tl.constexpr(KEYS.value // 4)
 SAMPLES = tl.constexpr(64)
 TINY = tl.constexpr(1e-20)

@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
+import interpreter_rounding  # noqa: F401
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from videoattn.call import Mask
 from videoattn.kernels import reference
@@ -19,38 +17,6 @@ from videoattn.runner import Runner
 from videoattn.testing import Layout, assert_close_to_oracle, make_qkv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _bf16_product(multiply):
-    """The interpreter keeps bf16 as 16-bit integers, and up to Triton 3.7 its `dot` multiplies those integers."""
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    return lambda self, a, b, *args: multiply(self, widened(a), widened(b), *args)
-
-
-def _rounded(cast):
-    """The interpreter cuts what does not fit into bf16 and carries wrongly into e4m3; cards round to nearest, and to 448."""
-
-    def to_nearest(self, src, dst_type, *args):
-        kinds = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
-        kind = kinds.get(dst_type.scalar)
-        if kind is None or src.dtype.scalar != tl.float32:
-            return cast(self, src, dst_type, *args)
-        x = torch.from_numpy(np.ascontiguousarray(src.data))
-        x = (x.clamp(-448, 448) if kind == torch.float8_e4m3fn else x).to(kind)
-        bits = x.view(torch.uint8 if x.itemsize == 1 else torch.uint16).numpy()
-        return TensorHandle(bits, dst_type.scalar)
-
-    return to_nearest
-
-
-InterpreterBuilder.create_dot = _bf16_product(InterpreterBuilder.create_dot)
-InterpreterBuilder.cast_impl = _rounded(InterpreterBuilder.cast_impl)
-InterpreterBuilder.create_fp_to_fp = _rounded(InterpreterBuilder.create_fp_to_fp)
 
 
 def check(attend, q, k, v, **options):

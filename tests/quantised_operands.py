@@ -1,10 +1,10 @@
-"""The operands of quantised attention by torch, as SPEC'd in kernels/quantise.py, and how near a kernel's must come."""
+"""The operands of quantised attention by torch, as kernels/operands.py describes them, and how near a kernel's must come."""
 
 import math
 
 import torch
 
-from videoattn.kernels.quantise import KEYS, ORDER, Quantised
+from videoattn.kernels.operands import KEYS, ORDER, Quantised
 
 SAMPLES = 64
 TINY = 1e-20

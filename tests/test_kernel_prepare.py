@@ -5,7 +5,6 @@ from dataclasses import replace
 import diffusers.models.transformers.transformer_hunyuan_video as host_hunyuan
 import diffusers.models.transformers.transformer_ltx as host_ltx
 import diffusers.models.transformers.transformer_wan as host_wan
-import interpreter_rounding  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,14 +1,14 @@
 """Operands of quantised attention from one kernel: those that torch makes of finished q, k, v."""
 
-import interpreter_rounding  # noqa: F401
 import pytest
 import torch
 from kernel_checks import DEVICE
 from projection_cases import FAMILIES, FP16, make, streams
 from quantised_operands import assert_close, operands
 
+from videoattn.kernels.operands import KEYS, ORDER, Quantised
 from videoattn.kernels.prepare import prepare
-from videoattn.kernels.quantise import KEYS, ORDER, Quantised, quantise, quantise_streams
+from videoattn.kernels.quantise import quantise, quantise_streams
 from videoattn.testing import make_qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # 0 * inf

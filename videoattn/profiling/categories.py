@@ -59,7 +59,7 @@ LABELS = {
 UNNAMED = ("other", ATTENTION)
 
 PROLOGUE = "prologue"
-PROLOGUE_KERNELS = frozenset(("_prepare", "_statistics", "_quantise_q", "_quantise_k", "_quantise_v"))
+PROLOGUE_KERNELS = frozenset(("_prepare", "_statistics", "_operands"))
 """Of kernels/prepare.py and kernels/quantise.py, which are launched inside of an attention call."""
 
 _SDPA = (
