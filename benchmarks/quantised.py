@@ -124,7 +124,7 @@ def errors(device: torch.device) -> list[dict[str, object]]:
                 add(kind, f"rel_l2 {precision} {name}", found.rel_l2, "relative L2")
                 if precision == "int8_qk_fp8_pv":
                     add(kind, "error_ratio", found.rel_l2 / sage2.rel_l2, "ours/SageAttention 2 emulated")
-    q, k, v = make_hard_qkv("biased channels", *HARD_SIZE, device=device)
+    q, k, v = make_hard_qkv("biased channels", *HARD_SIZE[:3], 64, device=device)
     exact, _ = attend(q, k, v)
     for smoothed, (smooth_k, smooth_q) in SMOOTHED.items():
         out, _ = quantised_reference.attend(q, k, v, precision="int4_qk_fp8_pv", smooth_k=smooth_k, smooth_q=smooth_q)

@@ -167,8 +167,8 @@ def make_hard_qkv(
     outlier channels  three channels of q and k, and one of v, ten times the others
     common k offset   every key has the same large vector added, of eight times the keys' spread
     heavy tails       Student's t with 4 degrees of freedom in place of normal
-    biased channels   q and k are a vector that most tokens share, with little of their own: what INT4 cannot hold unless
-                      both are smoothed (SageAttention 2, figure 4, shows such heads of CogVideoX)
+    biased channels   every channel of q and k has a bias that all tokens share, about three times and twice the spread:
+                      what INT4 cannot hold unless both are smoothed (as in CogVideoX: SageAttention 2, section 3.1)
 
     Raises:
         ValueError: unknown ``kind``.
@@ -187,8 +187,9 @@ def make_hard_qkv(
             squares = torch.randn(4, *x.shape, generator=generator).square_().mean(0)
             x /= squares.sqrt_()
     elif kind == "biased channels":
+        q *= 0.7
         for x in (q, k):
-            x += 4.0 * torch.randn(batch, 1, heads, head_dim, generator=generator)
+            x += 2.0 * torch.randn(batch, 1, heads, head_dim, generator=generator)
     return tuple(x.to(device, dtype) for x in (q, k, v))
 
 
