@@ -168,7 +168,7 @@ def test_no_less_accurate_than_sageattention(kind):
     sage, sage_lse = emulated.sage2(q, k, v)
     ours, _ = emulated.attend(q, k, v, precision="int8_qk_fp8_pv")
     assert relative(ours, exact) <= 1.02 * relative(sage, exact)
-    assert relative(sage, exact) < 0.1 and (sage_lse - exact_lse).abs().amax() < 0.02 * exact_lse.abs().amax()
+    assert relative(sage, exact) < 0.15 and (sage_lse - exact_lse).abs().amax() < 0.02 * exact_lse.abs().amax()
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
