@@ -35,12 +35,7 @@ _found: dict[tuple, str | None] = {}
 
 def refuses(prologue: Prologue, heads: int, streams: Sequence[Stream]) -> str | None:
     """Why no pass of ours does the work of `prologue(heads, *streams)`, or None."""
-    device = streams[0].q.device
-    if device.type != "cuda":
-        return "no GPU"
-    if not _able(device):
-        return "needs Triton and compute capability 8.0"
-    return _kernels().refuses(prologue, heads, *streams)
+    return _unable(streams[0].q.device) or _kernels().refuses(prologue, heads, *streams)
 
 
 def plan(backend: Backend, call: Call, decision: Decision, prologue: Prologue, flag: Tensor | None) -> RunStreams:
@@ -108,12 +103,15 @@ def _part(stream: Stream, generator: torch.Generator) -> Stream:
 
 
 @functools.cache
-def _able(device: torch.device) -> bool:
-    return (
-        importlib.util.find_spec("triton") is not None
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+def _unable(device: torch.device) -> str | None:
+    """Why no kernel of ours runs on a device, or None."""
+    if device.type != "cuda":
+        return "no GPU"
+    if torch.version.hip is not None:
+        return "not tested on ROCm"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0"
 
 
 @functools.cache

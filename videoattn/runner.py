@@ -234,7 +234,7 @@ class Runner:
             warnings.warn(f"{call}: {why}", RuntimeWarning, stacklevel=2)
             choice = replace(choice, why="; ".join(part for part in (why, choice.why) if part))
             return Plan(call, choice, fusion.unfused(*planned, flag), flag)
-        return Plan(call, choice, fusion.plan(*planned, flag), flag, prologue)
+        return Plan(call, choice, fusion.plan(*planned, flag), flag, prologue=prologue)
 
     def replace_flagged(self) -> list[str]:
         """Take torch's exact attention where an output of ours was not finite; a line on each such plan.
