@@ -8,6 +8,9 @@ import torch
 from videoattn import calibration, cli, measured
 from videoattn.benchmarks import attention, results, timing
 from videoattn.measured import Card, Table
+from videoattn.policy import EXACT, Dense
+
+BOUNDED = Dense("int8_qk_fp8_pv")
 
 CARD = Card(gpu="NVIDIA RTX 1", architecture="sm_86")
 SMALL = ["calibrate", "--max-gflop", "0.04", "--seconds", "2"]  # five calls
@@ -35,10 +38,10 @@ def planted(monkeypatch):
     """Outcomes in the place of measurements: by default sdpa_flash takes half of the 8 ms of torch's choice."""
     outcomes = {}
 
-    def attempt(problem, seconds, among):
+    def attempt(problem, seconds, among, decision):
         assert seconds > 0
         gained = {"sdpa": comparison(baseline_ms=8.0), "sdpa_flash": comparison(baseline_ms=8.0, ratio=2.0)}
-        return outcomes.get(problem.shape.name, gained)
+        return outcomes.get(problem.shape.name, gained if decision == EXACT else {"fast": comparison(ratio=4.0)})
 
     monkeypatch.setattr(attention, "attempt", attempt)
     return outcomes
@@ -80,6 +83,43 @@ def test_the_choices_that_change_are_counted(here, planted, capsys, monkeypatch)
     assert {tuple(sorted(row.ms.items())) for row in Table.read(here).rows} == {(("sdpa", 8.0), ("sdpa_flash", 4.0))}
     assert cli.main(SMALL) == 0  # and in effect at once: measured again, nothing changes
     assert f"another backend than before for 0 of {count} calls" in capsys.readouterr().out
+
+
+def test_an_update_adds_what_the_table_lacks(here, planted, capsys, monkeypatch):
+    """Times are taken over as shares of the time of torch's own choice: 8 ms then, 2 ms now."""
+    monkeypatch.setattr(attention, "accepting", lambda call: [_Named("sdpa"), _Named("sdpa_flash")])
+    machine = results.machine()
+    monkeypatch.setattr(results, "machine", lambda: {**machine, "gpu": CARD.gpu})
+    assert cli.main([*SMALL, "--only", "mochi"]) == 0
+    (before,) = Table.read(here).rows
+    monkeypatch.setattr(calibration, "_may_be_quantised", lambda call: True)
+    monkeypatch.setattr(attention, "quantising", lambda call: [(_Named("fast"), BOUNDED)])
+    asked = []
+
+    def attempt(problem, seconds, among, decision):
+        asked.append((decision, [backend.name for backend in among]))
+        return (
+            {"sdpa": comparison(baseline_ms=2.0)}
+            if decision == EXACT
+            else {"fast": comparison(baseline_ms=2.0, ratio=4)}
+        )
+
+    monkeypatch.setattr(attention, "attempt", attempt)
+    assert cli.main([*SMALL, "--update"]) == 0
+    assert asked == [(EXACT, ["sdpa"]), (BOUNDED, ["fast"])]  # of the rows that the table has
+    (after,) = Table.read(here).rows
+    assert after.ms == {**before.ms, "fast": 2.0}
+    assert Table.read(here).command.endswith("; videoattn " + " ".join([*SMALL, "--update"]))
+    with pytest.raises(SystemExit):
+        cli.main([*SMALL, "--update"])
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_only_a_table_of_this_gpu_is_updated(here, planted, capsys):
+    assert cli.main(SMALL) == 0
+    with pytest.raises(SystemExit):
+        cli.main([*SMALL, "--update"])
+    assert "wanted a table of this NVIDIA RTX 1 to update, got one of cpu" in capsys.readouterr().err
 
 
 def test_another_file_takes_no_effect(here, planted, tmp_path):

@@ -73,7 +73,9 @@ def turned_the_other_way(prologue, heads, *given):
 def test_a_wrong_pass_is_passed_over(monkeypatch):
     case, run = make("wan", tokens=40), Runner("full", EXACT, "sdpa")
     monkeypatch.setattr(prepare, "prepare", turned_the_other_way)
-    with pytest.warns(RuntimeWarning, match="full attention, .*: norm and rotation in torch, since in one pass: .* > bound"):
+    with pytest.warns(
+        RuntimeWarning, match="full attention, .*: norm and rotation in torch, since in one pass: .* > bound"
+    ):
         out = attended(run, case)
     (plan,) = run.plans.values()
     assert plan.prologue is None and plan.choice.why.startswith("norm and rotation in torch, since in one pass: ")

@@ -8,7 +8,8 @@ The calls are the rows of benchmarks/shapes.toml, timed and checked by benchmark
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,12 @@ from rich.progress import track
 from rich.table import Table as Printed
 
 from videoattn import measured
+from videoattn.backend import Backend
 from videoattn.benchmarks import attention, results, timing
 from videoattn.benchmarks.find_shapes import Shape
 from videoattn.call import Call
 from videoattn.measured import Evidence, Row, Source, Table
-from videoattn.policy import Policy
+from videoattn.policy import EXACT, Dense, Policy
 
 LEFT_OUT = "sdpa_math"  # its scores stand in memory: no gain in time is worth that, so it has none in a table
 ENOUGH = 1.0  # seconds that time a call well; what is left over is for giants, which take longer than their share
@@ -38,11 +40,14 @@ class Line(NamedTuple):
     row: Row
 
 
-def calibrate(*, out: Path | None, seconds: float, only: str, max_gflop: float, command: str) -> int:
+def calibrate(
+    *, out: Path | None, seconds: float, only: str, max_gflop: float, command: str, update: bool = False
+) -> int:
     """Measure the current GPU, write its table, and print what it changes.
 
     Args:
         out: the file, or None for the one in the user's cache folder, where it takes effect.
+        update: add to that file the kernels that it does not know, in the rows that it has; the rest of it stays.
         seconds: the most that is spent, one row's time aside; the rows with the most work come last.
         only, max_gflop: which rows of shapes.toml.
         command: what was typed, for the table's head.
@@ -51,7 +56,7 @@ def calibrate(*, out: Path | None, seconds: float, only: str, max_gflop: float, 
         0, or 1 if a backend computed something wrong.
 
     Raises:
-        ValueError: no GPU to measure, or no row.
+        ValueError: no GPU to measure, no row, or no table of this GPU to update.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = measured.card(device)
@@ -60,12 +65,20 @@ def calibrate(*, out: Path | None, seconds: float, only: str, max_gflop: float, 
             "calibrate: wanted an NVIDIA GPU, got none. Run it on the machine that makes the videos; without a GPU "
             "torch's own choice of kernel runs, and there is nothing to measure"
         )
-    lines, faults, notes = _measure(attention.rows(only, max_gflop), device, seconds)
+    path, old = out or measured.user_path(card.gpu), None
+    if update:
+        old = Table.read(path)
+        if old.gpu != card.gpu:
+            raise ValueError(f"{path}: wanted a table of this {card.gpu} to update, got one of {old.gpu}")
+    lines, faults, notes = _measure(attention.rows(only, max_gflop), device, seconds, old)
     if not lines:
         raise ValueError("calibrate: nothing was measured: " + "; ".join(faults + notes))
     cudnn = str(torch.backends.cudnn.version() or "")
-    table = _table([line.row for line in lines], results.machine(), cudnn, command)
-    path = out or measured.user_path(card.gpu)
+    if old is None:
+        table = _table([line.row for line in lines], results.machine(), cudnn, command)
+    else:
+        added = [line.row for line in lines]
+        table = replace(old, command=f"{old.command}; {command}", rows=_updated(old.rows, added))
     _show(lines, Source(table=table, path=path))
     table.write(path)
     measured.evidence.cache_clear()
@@ -95,9 +108,9 @@ def from_results(file: Path, out: Path, command: str) -> int:
 
 
 def _measure(
-    chosen: list[tuple[str, Shape]], device: torch.device, seconds: float
+    chosen: list[tuple[str, Shape]], device: torch.device, seconds: float, old: Table | None = None
 ) -> tuple[list[Line], list[str], list[str]]:
-    """The measured rows, the outputs that were wrong, and what was left out."""
+    """The measured rows, the outputs that were wrong, and what was left out. Of what is in `old`, only what it lacks."""
     deadline = time.perf_counter() + seconds
     lines: list[Line] = []
     faults: list[str] = []
@@ -109,23 +122,49 @@ def _measure(
             break
         problem = attention.Problem(shape, device)
         call = problem.call()
-        among = [backend for backend in attention.accepting(call) if backend.name != LEFT_OUT]
         share = min(ENOUGH, left / (len(chosen) - index) / OVERHEAD)
-        compared = attention.attempt(problem, share, among)
-        if isinstance(compared, torch.OutOfMemoryError):
-            notes.append(f"{case} {shape.name} left out: more memory than there is")
-        elif isinstance(compared, Exception):
-            faults.append(f"{case} {shape.name}: {compared}")
-        else:
-            for backend, decision in attention.quantising(call) if _may_be_quantised(call) else ():
-                quantised = attention.attempt(problem, share / 2, [backend], decision)
-                if isinstance(quantised, timing.WrongOutput):
-                    faults.append(f"{case} {shape.name}, {backend.name}: {quantised}")
-                elif not isinstance(quantised, torch.OutOfMemoryError):
-                    compared |= quantised
+        known = {} if old is None else next((row.ms for row in old.rows if row.distance(call) == 0), None)
+        if known is None:
+            continue  # a row that the table has not
+        groups = _groups(call, known)
+        if not groups:
+            continue
+        compared: dict[str, timing.Comparison] = {}
+        for decision, among in groups.items():
+            found = attention.attempt(problem, share, among, decision)
+            if isinstance(found, torch.OutOfMemoryError):
+                notes.append(f"{case} {shape.name} left out: more memory than there is")
+            elif isinstance(found, Exception):
+                faults.append(f"{case} {shape.name}, {decision}: {found}")
+            else:
+                compared |= found
+        if measured.TORCH in compared:
             timings = {name: attention.row(case, shape, name, result) for name, result in compared.items()}
             lines.append(Line(case, call, _row(shape, timings)))
     return lines, faults, notes
+
+
+def _groups(call: Call, known: Mapping[str, float]) -> dict[Dense, list[Backend]]:
+    """Decision -> the backends to time for it, but those whose time is known; torch's own choice is always among them."""
+    among = [backend for backend in attention.accepting(call) if backend.name != LEFT_OUT]
+    groups = {EXACT: [backend for backend in among if backend.name == measured.TORCH or backend.name not in known]}
+    for backend, decision in attention.quantising(call) if _may_be_quantised(call) else ():
+        if backend.name not in known:
+            groups.setdefault(decision, []).append(backend)
+    return groups if not known or sum(map(len, groups.values())) > 1 else {}
+
+
+def _updated(old: Sequence[Row], added: Sequence[Row]) -> tuple[Row, ...]:
+    """The old rows with the added times, as shares of the time of torch's own choice in either."""
+    rows = []
+    for row in old:
+        ms = dict(row.ms)
+        for new in added:
+            if replace(new, ms=row.ms) == row:
+                drift = row.ms[measured.TORCH] / new.ms[measured.TORCH]
+                ms |= {name: drift * time for name, time in new.ms.items() if name not in ms}
+        rows.append(replace(row, ms=ms))
+    return tuple(rows)
 
 
 def _may_be_quantised(call: Call) -> bool:

@@ -135,6 +135,7 @@ def _parser() -> Parser:
         "--max-gflop", type=float, default=10_000.0, help="leave out calls with more work than this (%(default)s)"
     )
     command.add_argument("--out", type=Path, help="another file than the one in the cache folder, which takes effect")
+    command.add_argument("--update", action="store_true", help="only kernels that the table does not have yet")
     command.add_argument("--from-csv", type=Path, help="measure nothing: make OUT of an attention.csv")
     command.set_defaults(run=_calibrate)
 
@@ -289,7 +290,12 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     if args.from_csv is None:
         return calibration.calibrate(
-            out=args.out, seconds=args.seconds, only=args.only, max_gflop=args.max_gflop, command=args.typed
+            out=args.out,
+            seconds=args.seconds,
+            only=args.only,
+            max_gflop=args.max_gflop,
+            command=args.typed,
+            update=args.update,
         )
     if args.out is None:
         raise ValueError(f"--from-csv {args.from_csv}: wanted --out, got none")
