@@ -14,6 +14,7 @@ from PIL import Image
 import videoattn
 from videoattn import cli, doctor, generation, measured
 from videoattn.kernels import sdpa
+from videoattn.policy import EXACT
 from videoattn.video import write_contact_sheet, write_video
 
 
@@ -152,6 +153,9 @@ def test_doctor_finds_a_kernel_that_computes_nonsense(monkeypatch):
     class Wrong:
         name = "wrong"
 
+        def computes(self, decision):
+            return decision == EXACT
+
         def refuses(self, call, decision):
             return None
 
@@ -211,6 +215,9 @@ def test_doctor_says_that_there_is_no_table(gpu, monkeypatch, tmp_path):
 def test_doctor_tries_a_kernel_on_a_call_that_it_takes(monkeypatch):
     class ShortRows:
         name = "short"
+
+        def computes(self, decision):
+            return decision == EXACT
 
         def refuses(self, call, decision):
             return "more than 128 tokens" if call.q_len > 128 else None
