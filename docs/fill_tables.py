@@ -1,14 +1,17 @@
-"""Fills the tables of where-the-time-goes.md from benchmarks/results: what stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Fills the tables of documents from benchmarks/results: what stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 python docs/fill_tables.py            # --check: changes nothing, fails where the document is behind its results
 """
 
 import argparse
 import csv
+import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import quantised_tables
 
 from videoattn.profiling import summary
 from videoattn.profiling.categories import label
@@ -16,7 +19,7 @@ from videoattn.profiling.io_model import padding_waste
 from videoattn.profiling.profile import Profile, Row
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-DOCUMENT = Path(__file__).parent / "where-the-time-goes.md"
+HERE = Path(__file__).parent
 MODELS = {"wan-1.3b": "Wan 2.1 1.3B", "svd-xt": "SVD-XT", "animatediff": "AnimateDiff", "modelscope": "ModelScope"}
 USUAL_STEPS = {"wan-1.3b": 50, "svd-xt": 25, "animatediff": 50, "modelscope": 50}  # the pipelines' defaults
 DENOISERS = ("transformer", "unet")
@@ -254,12 +257,14 @@ TABLES: dict[str, Callable[[Profiles], str]] = {
 }
 
 
-def filled(text: str, profiles: Profiles) -> str:
-    for name, made in TABLES.items():
+def filled(document: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A document's text with its tables made anew. ValueError where a table has no place, or more than one."""
+    text = (HERE / document).read_text(encoding="utf-8")
+    for name, made in tables.items():
         place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
         if len(place.findall(text)) != 1:
-            raise ValueError(f"{DOCUMENT.name}: wanted one place for the table {name}, got {len(place.findall(text))}")
-        text = place.sub(f"{made(profiles)}\n", text)
+            raise ValueError(f"{document}: wanted one place for the table {name}, got {len(place.findall(text))}")
+        text = place.sub(f"{made()}\n", text)
     return text
 
 
@@ -268,12 +273,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail where the tables are not up to date")
     args = parser.parse_args()
     profiles = {name: Profile.read(RESULTS / "profiles" / f"{name}.json") for name in MODELS}
-    text = DOCUMENT.read_text(encoding="utf-8")
-    new = filled(text, profiles)
-    if args.check:
-        return int(new != text)
-    DOCUMENT.write_text(new, encoding="utf-8")
-    return 0
+    of_profiles = {name: functools.partial(made, profiles) for name, made in TABLES.items()}
+    behind = 0
+    for document, tables in (("where-the-time-goes.md", of_profiles), ("quantised.md", quantised_tables.TABLES)):
+        new = filled(document, tables)
+        behind += new != (HERE / document).read_text(encoding="utf-8")
+        if not args.check:
+            (HERE / document).write_text(new, encoding="utf-8")
+    return int(args.check and behind > 0)
 
 
 if __name__ == "__main__":
