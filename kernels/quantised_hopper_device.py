@@ -1,0 +1,566 @@
+"""The device code of `quantised_hopper`: int8 scores, exponentials in base 2, e4m3 or 16-bit values, in Gluon.
+
+Two kernels share the arithmetic. `forward`: a loading warp and two or three computing warp groups, persistent, heads
+outermost, as in flash_hopper_device.py, whose comments on the compiler hold here too. `forward_small`: one group of four
+warps that loads for itself, several programs a processor. Tiles of keys are taken from the last to the first: only the last
+needs a mask, and it is met before the loop. Letters as in quantised_hopper.py.
+
+A thread of a quad owns columns 2t and 2t + 1 of every 8 of the scores: k_scale has one number for it.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from videoattn.kernels.flash_hopper_device import _advance, _barriers, _tile, _tiles, _turn, _work
+
+M = gl.constexpr(64)
+LN2 = gl.constexpr(0.6931471805599453)
+KEYS_A_SCALE = gl.constexpr(128)
+BIAS = gl.constexpr(12582912.0)  # 1.5 * 2^23: the bits of BIAS + n are those of BIAS plus n, for whole n below 2^22
+BIAS_BITS = gl.constexpr(0x4B400000)
+
+
+# ---------------------------------------------------------------- arithmetic of one tile
+
+
+@gluon.jit
+def _exp2_by_polynomial(x):
+    """2^x to 1e-4, and no less than 2^-100: the whole part goes into the exponent's bits, the rest is in [-1/2, 1/2]."""
+    x = gl.maximum(x, -100.0)
+    whole = x + BIAS
+    rest = x - (whole - BIAS)
+    p = 0.9999280735575043 + rest * (0.6932609858184613 + rest * (0.24261112204618934 + rest * 0.055171667120032984))
+    bits = p.to(gl.int32, bitcast=True) + (whole.to(gl.int32, bitcast=True) << 23)
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _softmax(
+    s, m, l, q_scale, k_scale, kept,
+    OFFSET: gl.constexpr, MASKED: gl.constexpr, TO_FLOAT: gl.constexpr, EXACT_BIAS: gl.constexpr, POLY: gl.constexpr,
+):  # fmt: skip
+    """(p [M, N], new m, factor of what was summed before, new l) of integer scores s [M, N].
+
+    m, q_scale [M]; k_scale [4], l [M, 4]: per thread of a quad; kept: keys of this tile, read where MASKED.
+    """
+    N: gl.constexpr = s.shape[1]
+    # The bias stays in x and is taken off in the constant of the multiply-add, which rounds it to half a unit of s.
+    BIASED: gl.constexpr = TO_FLOAT != "convert" and not EXACT_BIAS
+    if TO_FLOAT == "convert":  # by the unit that also takes exponentials
+        x = s.to(gl.float32)
+    else:
+        if TO_FLOAT == "add":
+            s = s + BIAS_BITS
+        x = s.to(gl.float32, bitcast=True)
+        if EXACT_BIAS:
+            x = x - BIAS
+    x = x.reshape([s.shape[0], N // 8, 4, 2])
+    eighth = gl.arange(0, N // 8, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, x.type.layout))))
+    eighth = eighth[None, :, None, None]
+    if MASKED:
+        pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))))
+        one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, x.type.layout))))
+        seen = 2 * pair[None, None, :, None] + one[None, None, None, :] < kept - 8 * eighth
+        x = gl.where(seen, x, float("-inf"))
+    top = gl.max(gl.max(x, 3), 1)
+    if BIASED:
+        top = top - BIAS
+    # q_scale last: the product of the scales alone may be 0.
+    new_m = gl.maximum(m, gl.max(top * k_scale[None, :], 1) * q_scale)
+    shrink = gl.exp2(m - new_m)
+    scale = q_scale[:, None] * k_scale[None, :]
+    lift = (OFFSET - new_m)[:, None]
+    if BIASED:
+        lift = lift - BIAS * scale
+    x = gl.fma(x, scale[:, None, :, None], lift[:, None, :, None])
+    if MASKED:
+        p = gl.exp2(gl.where(seen, x, float("-inf")))  # again, because a scale of 0 made NaN of -inf
+    elif POLY:
+        p = gl.where(eighth % 8 < POLY, _exp2_by_polynomial(x), gl.exp2(x))
+    else:
+        p = gl.exp2(x)
+    l = l * shrink[:, None] + gl.sum(gl.sum(p, 3), 1)
+    return gl.convert_layout(p.reshape(s.shape), s.type.layout), new_m, shrink, l
+
+
+@gluon.jit
+def _packed(p, dtype: gl.constexpr, acc_layout: gl.constexpr):
+    """p [M, N] rounded: 16-bit as it stands, or four e4m3 numbers in each of int32 [M, N / 4], since 8-bit variables of a
+    loop get a register each.
+
+    A thread of a quad owns columns {2t, 2t + 1, 8 + 2t, 9 + 2t} of 16; here they are renamed {4t ... 4t + 3}, what it must
+    own of the left operand of a product. The tokens of v lie in that order.
+    """
+    if dtype.primitive_bitwidth == 16:
+        return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, acc_layout, 2), assert_trivial=True)
+    else:
+        rows: gl.constexpr = p.shape[0]
+        columns: gl.constexpr = p.shape[1]
+        fours = p.reshape([rows, columns // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([rows, columns // 4, 2, 2])
+        even, odd = gl.split(fours)
+        p0, p2 = gl.split(even)
+        p1, p3 = gl.split(odd)
+        return gl.inline_asm_elementwise(
+            "{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
+            "mov.b32 $0, {lo, hi};}",
+            "=r,f,f,f,f", [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _operand(packed, acc_layout: gl.constexpr):
+    """What `_packed` gives as the left operand of a product."""
+    if packed.dtype.primitive_bitwidth == 16:
+        return packed
+    else:
+        columns: gl.constexpr = packed.shape[1] * 4
+        twice = gl.join(packed, packed)
+        fours = gl.join(twice, twice).reshape([packed.shape[0], columns])
+        fours = gl.convert_layout(fours, gl.DotOperandLayout(0, acc_layout, 4), assert_trivial=True)
+        return gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [fours], dtype=gl.float8e4nv, is_pure=True, pack=4
+        )
+
+
+@gluon.jit
+def _scores(q_tile, k_tile, start, TO_FLOAT: gl.constexpr):
+    """q k^T, started; on top of `start` where that holds the bias."""
+    return hopper.warpgroup_mma(q_tile, k_tile.permute((1, 0)), start, use_acc=TO_FLOAT == "start", is_async=True)
+
+
+@gluon.jit
+def _values(p, v_tile, acc, FRESH: gl.constexpr):
+    """p v where FRESH, else acc + p v, started."""
+    if p.dtype.primitive_bitwidth == 8:
+        v_tile = v_tile.permute((1, 0))
+    return hopper.warpgroup_mma(p, v_tile, acc, use_acc=not FRESH, is_async=True)
+
+
+@gluon.jit
+def _over_columns(rows, like):
+    """A number a row, for every column of `like`."""
+    return gl.convert_layout(rows, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def _add_tile(acc, shrink, packed, v_tile, full, phase, PARTS: gl.constexpr):
+    """acc * shrink + p v, done; with PARTS 2 one half of the columns after the other, for want of registers."""
+    V8: gl.constexpr = packed.dtype.primitive_bitwidth == 32
+    rows: gl.constexpr = acc.shape[0]
+    width: gl.constexpr = acc.shape[1] // PARTS
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 32 if V8 else 16])
+    nothing = gl.zeros([rows, width], gl.float32, layout)
+    if PARTS == 1:
+        partial = hopper.warpgroup_mma_wait(0, [_values(_operand(packed, layout), v_tile, nothing, True)])
+        return acc * _over_columns(shrink, acc) + partial
+    else:
+        acc0, acc1 = gl.split(acc.reshape([rows, 2, width]).permute((0, 2, 1)))
+        p = _operand(packed, layout)
+        partial = _values(p, v_tile.slice(0, width, 0 if V8 else 1), nothing, True)
+        partial = gl.convert_layout(hopper.warpgroup_mma_wait(0, [partial]), acc0.type.layout, assert_trivial=True)
+        acc0 = acc0 * _over_columns(shrink, acc0) + partial
+        mbarrier.wait(full, phase)  # passed long ago; the end of a block keeps the second half behind the first sum
+        partial = _values(p, v_tile.slice(width, width, 0 if V8 else 1), nothing, True)
+        partial = gl.convert_layout(hopper.warpgroup_mma_wait(0, [partial]), acc0.type.layout, assert_trivial=True)
+        acc1 = acc1 * _over_columns(shrink, acc1) + partial
+        both = gl.join(acc0, acc1).permute((0, 2, 1)).reshape(acc.shape)
+        return gl.convert_layout(both, acc.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _scales_of_keys(k_scales, step, steps, N: gl.constexpr, layout: gl.constexpr):
+    """The four scales of the tile met at `step`, or of the first keys behind the last step."""
+    block = gl.maximum(steps - 1 - step, 0) * N // KEYS_A_SCALE
+    return gl.load(k_scales + block * 4 + gl.arange(0, 4, layout))
+
+
+@gluon.jit
+def _finish(acc, m, l, v_scales, lse, lse_shift, row, q_len, dtype: gl.constexpr, OFFSET: gl.constexpr,
+            HAS_LSE: gl.constexpr, V8: gl.constexpr):  # fmt: skip
+    """The output [M, D] of one piece of work; its log-sum-exp is stored."""
+    total = gl.sum(l, 1)
+    if HAS_LSE:
+        rows = row + gl.arange(0, M, total.type.layout)
+        shift = gl.load(lse_shift + rows, mask=rows < q_len, other=0.0)
+        gl.store(lse + rows, (m + gl.log2(total) - OFFSET) * LN2 + shift, mask=rows < q_len)
+    inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
+    out = acc * _over_columns(inverse, acc)
+    if V8:
+        out *= gl.load(v_scales + gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout)))[None, :]
+    return out.to(dtype)
+
+
+@gluon.jit
+def _raise_flag(out, flag):
+    finite = gl.min((gl.abs(out.to(gl.float32)) < float("inf")).to(gl.int32), 1)  # NaN fails every comparison
+    zeros = gl.full([out.shape[0]], 0, gl.int32, gl.SliceLayout(1, out.type.layout))
+    gl.store(flag + zeros, 1 - finite, mask=finite == 0)
+
+
+# ---------------------------------------------------------------- a loading warp, two or three computing groups
+
+
+@gluon.jit
+def _load_tile(desc, at, smem, full, empty, slot, phase):
+    """One tile from memory into its place in the ring, as soon as that is empty; `full` tells when it has come."""
+    mbarrier.wait(empty.index(slot), phase)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, at, full.index(slot), smem.index(slot))
+
+
+@gluon.jit
+def _load_values(desc, batch, head, row, smem, full, empty, slot, phase, V8: gl.constexpr):
+    if V8:
+        _load_tile(desc, [batch, head, 0, row], smem, full, empty, slot, phase)
+    else:
+        _load_tile(desc, [batch, head, row, 0], smem, full, empty, slot, phase)
+
+
+@gluon.jit
+def _load(task, HAS_LENS: gl.constexpr, N: gl.constexpr, V8: gl.constexpr):
+    """The loader: tiles of q, k and v from memory into shared memory, as places fall empty."""
+    q_desc, k_desc, v_desc, smem, full, empty, counts, kv_group, pieces = task
+    q_smem, k_smem, v_smem, _o_smem = smem
+    q_full, k_full, v_full = full
+    q_empty, k_empty, v_empty = empty
+    GROUPS: gl.constexpr = q_smem.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
+
+    slot = 0
+    phase = 1  # of a new barrier the phase before the first counts as complete: every place is empty
+    q_phase = 1
+    # Not in the loop over the pieces: two variables of an inner loop that start as the same value are taken for one.
+    v_slot = slot
+    v_phase = phase
+    for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        batch, head, q_tile, _keys, steps = _work(index, counts, N, HAS_LENS)
+        kv_head = head // kv_group
+        for group in gl.static_range(GROUPS):
+            row = (q_tile * GROUPS + group) * M
+            _load_tile(q_desc, [batch, head, row, 0], q_smem, q_full, q_empty, group, q_phase)
+        q_phase ^= 1
+        for step in range(steps):
+            row = (steps - 1 - step) * N
+            _load_tile(k_desc, [batch, kv_head, row, 0], k_smem, k_full, k_empty, slot, phase)
+            if step > 0:
+                _load_values(v_desc, batch, kv_head, row + N, v_smem, v_full, v_empty, v_slot, v_phase, V8)
+            v_slot = slot
+            v_phase = phase
+            slot, phase = _advance(slot, phase, STAGES)
+        _load_values(v_desc, batch, kv_head, 0, v_smem, v_full, v_empty, v_slot, v_phase, V8)
+
+
+@gluon.jit
+def _attend(
+    task, HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, OFFSET: gl.constexpr,
+    AHEAD: gl.constexpr, TWO_LEVEL: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, TO_FLOAT: gl.constexpr,
+    EXACT_BIAS: gl.constexpr, POLY: gl.constexpr, EARLY_P: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """One warp group: attention of the GROUP-th M queries of every piece of work."""
+    o_desc, smem, full, empty, counts, q_tiles, pieces, q_len, kv_group, scales, lse, lse_shift, flag = task
+    q_smem, k_smem, v_smem, o_smem = smem
+    q_full, k_full, v_full = full
+    q_empty, k_empty, v_empty = empty
+    q_scale_ptr, k_scale_ptr, v_scale_ptr, scale_blocks = scales
+    _q_tiles, heads, _kv_len, _kv_lens = counts
+    GROUPS: gl.constexpr = q_smem.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    N: gl.constexpr = k_smem.shape[3]
+    D: gl.constexpr = k_smem.shape[4]
+    V: gl.constexpr = v_smem.dtype
+    V8: gl.constexpr = V.primitive_bitwidth == 8
+    NEXT: gl.constexpr = (GROUP + 1) % GROUPS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if V8 else 16])
+    quads: gl.constexpr = gl.zeros([M, N], gl.float32, s_layout).reshape([M, N // 8, 4, 2]).type.layout
+    l_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, quads))
+    row_layout: gl.constexpr = gl.SliceLayout(1, l_layout)
+    k_layout: gl.constexpr = gl.SliceLayout(0, l_layout)
+
+    start = gl.full([M, N], BIAS_BITS if TO_FLOAT == "start" else 0, gl.int32, s_layout)
+    nothing = gl.zeros([M, D], gl.float32, acc_layout)
+    slot = 0
+    phase = 0
+    q_phase = 0
+    if TURNS and GROUP == GROUPS - 1:
+        _turn("arrive", 0)
+    for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        batch, head, q_tile, keys, steps = _work(index, counts, N, HAS_LENS)
+        row = (q_tile * GROUPS + GROUP) * M
+        q_rows = (index // q_tiles).to(gl.int64) * q_len
+        kv_head = (batch * (heads // kv_group) + head // kv_group).to(gl.int64)
+        k_scales = k_scale_ptr + kv_head * scale_blocks * 4
+        rows = row + gl.arange(0, M, row_layout)
+        q_scale = gl.load(q_scale_ptr + q_rows + rows, mask=rows < q_len, other=0.0)
+        k_scale = _scales_of_keys(k_scales, 0, steps, N, k_layout)
+        mbarrier.wait(q_full.index(GROUP), q_phase)
+        q_phase ^= 1
+
+        mbarrier.wait(k_full.index(slot), phase)
+        if TURNS:
+            _turn("sync", GROUP)
+        s = _scores(_tile(q_smem, GROUP), _tile(k_smem, slot), start, TO_FLOAT)
+        if TURNS:
+            _turn("arrive", NEXT)
+        s = hopper.warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_empty.index(slot))
+        m = gl.full([M], -1e30, gl.float32, row_layout)  # finite also where no key is left
+        l = gl.zeros([M, 4], gl.float32, l_layout)
+        kept = keys - (steps - 1) * N
+        p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, kept, OFFSET, True, TO_FLOAT, EXACT_BIAS, POLY)
+        p8 = _packed(p, V, acc_layout)
+        acc = gl.zeros([M, D], gl.float32, acc_layout)
+        k_scale = _scales_of_keys(k_scales, 1, steps, N, k_layout)
+        mbarrier.wait(v_full.index(slot), phase)
+
+        for step in range(1, steps):
+            next_slot, next_phase = _advance(slot, phase, STAGES)
+            next_k_scale = _scales_of_keys(k_scales, step + 1, steps, N, k_layout)
+            if AHEAD:
+                mbarrier.wait(k_full.index(next_slot), next_phase)
+                if TURNS:
+                    _turn("sync", GROUP)
+                s = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_slot), start, TO_FLOAT)
+                if TWO_LEVEL:
+                    partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot), nothing, True)
+                else:
+                    partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot), acc, False)
+                if TURNS:
+                    _turn("arrive", NEXT)
+                s = hopper.warpgroup_mma_wait(1, [s])
+                mbarrier.arrive(k_empty.index(next_slot))
+                p, m, next_shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, OFFSET, False, TO_FLOAT, EXACT_BIAS, POLY)
+                if EARLY_P:
+                    next_p8 = _packed(p, V, acc_layout)
+                # Before the wait for partial, and not where v is used: it ends a block of instructions, which the
+                # assembler would else reorder so that the exponentials start after partial is complete.
+                mbarrier.wait(v_full.index(next_slot), next_phase)
+                partial = hopper.warpgroup_mma_wait(0, [partial])
+                mbarrier.arrive(v_empty.index(slot))
+                if TWO_LEVEL:
+                    acc = acc * _over_columns(shrink, acc) + partial
+                else:
+                    acc = partial * _over_columns(next_shrink, acc)
+                if EARLY_P:
+                    p8 = next_p8
+                else:
+                    p8 = _packed(p, V, acc_layout)
+                shrink = next_shrink
+            else:
+                if TWO_LEVEL:
+                    acc = _add_tile(acc, shrink, p8, _tile(v_smem, slot), v_full.index(slot), phase, PARTS)
+                else:
+                    acc = _values(_operand(p8, acc_layout), _tile(v_smem, slot), acc, False)
+                    acc = hopper.warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(v_empty.index(slot))
+                mbarrier.wait(k_full.index(next_slot), next_phase)
+                if TURNS:
+                    _turn("sync", GROUP)
+                s = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_slot), start, TO_FLOAT)
+                if TURNS:
+                    _turn("arrive", NEXT)
+                s = hopper.warpgroup_mma_wait(0, [s])
+                mbarrier.arrive(k_empty.index(next_slot))
+                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, OFFSET, False, TO_FLOAT, EXACT_BIAS, POLY)
+                if not TWO_LEVEL:
+                    acc = acc * _over_columns(shrink, acc)
+                p8 = _packed(p, V, acc_layout)
+                mbarrier.wait(v_full.index(next_slot), next_phase)
+            k_scale = next_k_scale
+            slot = next_slot
+            phase = next_phase
+
+        mbarrier.arrive(q_empty.index(GROUP))
+        if TWO_LEVEL:
+            acc = _add_tile(acc, shrink, p8, _tile(v_smem, slot), v_full.index(slot), phase, PARTS)
+        else:
+            acc = _values(_operand(p8, acc_layout), _tile(v_smem, slot), acc, False)
+            acc = hopper.warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(v_empty.index(slot))
+        slot, phase = _advance(slot, phase, STAGES)
+
+        v_scales = v_scale_ptr + kv_head * D
+        out = _finish(
+            acc, m, l, v_scales, lse + q_rows, lse_shift + q_rows, row, q_len, o_smem.dtype, OFFSET, HAS_LSE, V8
+        )
+        if HAS_FLAG:
+            _raise_flag(out, flag)
+        tma.store_wait(0)
+        _tile(o_smem, GROUP).store(out)
+        hopper.fence_async_shared()
+        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_smem.index(GROUP))
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces", "scale_blocks"],
+    do_not_specialize_on_alignment=["q_scale", "k_scale", "v_scale", "lse", "lse_shift", "kv_lens", "flag"],
+)
+def forward(
+    q_desc, k_desc, v_desc, o_desc, q_scale, k_scale, v_scale, lse, lse_shift, kv_lens, flag,
+    q_len, kv_len, heads, kv_group, q_tiles, pieces, scale_blocks,
+    HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, OFFSET: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, AHEAD: gl.constexpr, TWO_LEVEL: gl.constexpr,
+    PARTS: gl.constexpr, TURNS: gl.constexpr, TO_FLOAT: gl.constexpr, EXACT_BIAS: gl.constexpr, POLY: gl.constexpr, EARLY_P: gl.constexpr,
+    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    V8: gl.constexpr = v_desc.dtype.primitive_bitwidth == 8
+    smem = (_tiles(q_desc, GROUPS), _tiles(k_desc, STAGES), _tiles(v_desc, STAGES), _tiles(o_desc, GROUPS))
+    full = (_barriers(GROUPS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
+    empty = (_barriers(GROUPS, 1), _barriers(STAGES, GROUPS), _barriers(STAGES, GROUPS))
+    counts = (q_tiles, heads, kv_len, kv_lens)
+    scales = (q_scale, k_scale, v_scale, scale_blocks)
+    load = (q_desc, k_desc, v_desc, smem, full, empty, counts, kv_group, pieces)
+    attend = (
+        o_desc, smem, full, empty, counts, q_tiles, pieces, q_len, kv_group, scales, lse, lse_shift, flag,
+    )  # fmt: skip
+    gl.static_assert(GROUPS == 2 or GROUPS == 3)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, AHEAD, TWO_LEVEL, PARTS, TURNS, TO_FLOAT,
+                           EXACT_BIAS, POLY, EARLY_P, 0)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, AHEAD, TWO_LEVEL, PARTS, TURNS, TO_FLOAT,
+                           EXACT_BIAS, POLY, EARLY_P, 1)),
+                (_load, (load, HAS_LENS, N, V8)),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, AHEAD, TWO_LEVEL, PARTS, TURNS, TO_FLOAT,
+                           EXACT_BIAS, POLY, EARLY_P, 0)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, AHEAD, TWO_LEVEL, PARTS, TURNS, TO_FLOAT,
+                           EXACT_BIAS, POLY, EARLY_P, 1)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, AHEAD, TWO_LEVEL, PARTS, TURNS, TO_FLOAT,
+                           EXACT_BIAS, POLY, EARLY_P, 2)),
+                (_load, (load, HAS_LENS, N, V8)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, LOADER_REGISTERS],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- one group of four warps that loads for itself
+
+
+@gluon.jit
+def _load_both(k_desc, v_desc, batch, kv_head, row, k_smem, v_smem, full, slot, pred, V8: gl.constexpr):
+    mbarrier.expect(full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=pred)
+    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, row, 0], full.index(slot), k_smem.index(slot), pred=pred)
+    if V8:
+        tma.async_copy_global_to_shared(
+            v_desc, [batch, kv_head, 0, row], full.index(slot), v_smem.index(slot), pred=pred
+        )
+    else:
+        tma.async_copy_global_to_shared(
+            v_desc, [batch, kv_head, row, 0], full.index(slot), v_smem.index(slot), pred=pred
+        )
+
+
+@gluon.jit(
+    do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces", "scale_blocks"],
+    do_not_specialize_on_alignment=["q_scale", "k_scale", "v_scale", "lse", "lse_shift", "kv_lens", "flag"],
+)
+def forward_small(
+    q_desc, k_desc, v_desc, o_desc, q_scale, k_scale, v_scale, lse, lse_shift, kv_lens, flag,
+    q_len, kv_len, heads, kv_group, q_tiles, pieces, scale_blocks,
+    HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, OFFSET: gl.constexpr,
+    N: gl.constexpr, STAGES: gl.constexpr, TWO_LEVEL: gl.constexpr, PARTS: gl.constexpr,
+    TO_FLOAT: gl.constexpr, EXACT_BIAS: gl.constexpr, POLY: gl.constexpr,
+):  # fmt: skip
+    V: gl.constexpr = v_desc.dtype
+    V8: gl.constexpr = V.primitive_bitwidth == 8
+    D: gl.constexpr = k_desc.block_shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if V8 else 16])
+    quads: gl.constexpr = gl.zeros([M, N], gl.float32, s_layout).reshape([M, N // 8, 4, 2]).type.layout
+    l_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, quads))
+    row_layout: gl.constexpr = gl.SliceLayout(1, l_layout)
+    k_layout: gl.constexpr = gl.SliceLayout(0, l_layout)
+    q_smem = _tiles(q_desc, 1)
+    k_smem = _tiles(k_desc, STAGES)
+    v_smem = _tiles(v_desc, STAGES)
+    q_full = _barriers(1, 1)
+    full = _barriers(STAGES, 1)
+    hopper.fence_async_shared()
+
+    index = gl.program_id(0)
+    batch, head, q_tile, keys, steps = _work(index, (q_tiles, heads, kv_len, kv_lens), N, HAS_LENS)
+    kv_head = head // kv_group
+    row = q_tile * M
+    mbarrier.expect(q_full.index(0), q_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [batch, head, row, 0], q_full.index(0), q_smem.index(0))
+    for ahead in gl.static_range(STAGES - 1):
+        _load_both(
+            k_desc, v_desc, batch, kv_head, (steps - 1 - ahead) * N, k_smem, v_smem, full, ahead, ahead < steps, V8
+        )
+
+    q_rows = (index // q_tiles).to(gl.int64) * q_len
+    kv_row = (batch * (heads // kv_group) + kv_head).to(gl.int64)
+    k_scales = k_scale + kv_row * scale_blocks * 4
+    rows = row + gl.arange(0, M, row_layout)
+    scale_q = gl.load(q_scale + q_rows + rows, mask=rows < q_len, other=0.0)
+    scale_k = _scales_of_keys(k_scales, 0, steps, N, k_layout)
+    start = gl.full([M, N], BIAS_BITS if TO_FLOAT == "start" else 0, gl.int32, s_layout)
+    m = gl.full([M], -1e30, gl.float32, row_layout)  # finite also where no key is left
+    l = gl.zeros([M, 4], gl.float32, l_layout)
+    acc = gl.zeros([M, D], gl.float32, acc_layout)
+    kept = keys - (steps - 1) * N
+    slot = 0
+    phase = 0
+    mbarrier.wait(q_full.index(0), 0)
+
+    mbarrier.wait(full.index(0), 0)
+    last_slot: gl.constexpr = STAGES - 1
+    _load_both(
+        k_desc, v_desc, batch, kv_head, (steps - STAGES) * N, k_smem, v_smem, full, last_slot, last_slot < steps, V8
+    )
+    s = _scores(_tile(q_smem, 0), _tile(k_smem, 0), start, TO_FLOAT)
+    s = hopper.warpgroup_mma_wait(0, [s])
+    p, m, shrink, l = _softmax(s, m, l, scale_q, scale_k, kept, OFFSET, True, TO_FLOAT, EXACT_BIAS, POLY)
+    p8 = _packed(p, V, acc_layout)
+    acc = _values(_operand(p8, acc_layout), _tile(v_smem, 0), acc, False)
+    acc = hopper.warpgroup_mma_wait(0, [acc])
+    scale_k = _scales_of_keys(k_scales, 1, steps, N, k_layout)
+    for step in range(1, steps):
+        before = slot
+        slot, phase = _advance(slot, phase, STAGES)
+        next_scale_k = _scales_of_keys(k_scales, step + 1, steps, N, k_layout)
+        mbarrier.wait(full.index(slot), phase)
+        gl.thread_barrier()  # every warp is done with the place that is filled now
+        later = step + STAGES - 1
+        _load_both(
+            k_desc, v_desc, batch, kv_head, (steps - 1 - later) * N, k_smem, v_smem, full, before, later < steps, V8
+        )
+        s = _scores(_tile(q_smem, 0), _tile(k_smem, slot), start, TO_FLOAT)
+        s = hopper.warpgroup_mma_wait(0, [s])
+        p, m, shrink, l = _softmax(s, m, l, scale_q, scale_k, 0, OFFSET, False, TO_FLOAT, EXACT_BIAS, POLY)
+        if not TWO_LEVEL:
+            acc = acc * _over_columns(shrink, acc)
+        p8 = _packed(p, V, acc_layout)
+        if TWO_LEVEL:
+            acc = _add_tile(acc, shrink, p8, _tile(v_smem, slot), full.index(slot), phase, PARTS)
+        else:
+            acc = _values(_operand(p8, acc_layout), _tile(v_smem, slot), acc, False)
+            acc = hopper.warpgroup_mma_wait(0, [acc])
+        scale_k = next_scale_k
+
+    out = _finish(
+        acc, m, l, v_scale + kv_row * D, lse + q_rows, lse_shift + q_rows, row, q_len, o_desc.dtype, OFFSET, HAS_LSE, V8
+    )
+    if HAS_FLAG:
+        _raise_flag(out, flag)
+    # The output takes the place of k and v, which nothing reads any more.
+    gl.thread_barrier()
+    o_smem = k_smem._reinterpret(o_desc.dtype, [1] + o_desc.block_shape, o_desc.layout)
+    _tile(o_smem, 0).store(out)
+    hopper.fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_smem.index(0))
+    tma.store_wait(0)
