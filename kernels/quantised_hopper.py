@@ -43,43 +43,48 @@ class Config:
     Args:
         GROUPS: computing warp groups beside the loading warp, 2 or 3; 1: `forward_small`, which loads for itself.
         N: keys of a tile. STAGES: tiles of k and of v in flight.
-        AHEAD: whether q k^T of the next tile is issued before p v of this one.
-        TWO_LEVEL: whether p v of a tile is added in registers.
-        PARTS: parts of the columns in which that is done where not AHEAD, 1 or 2.
+        SCHEDULE: "serial": the products of a tile one after the other; "ahead": q k^T of the next tile is issued before p v
+            of this one; "pair": two tiles at a time, p v of one while the exponentials of the other are computed.
+        PARTS: parts of the columns in which p v is added where "serial", 1 or 2.
         TURNS: whether the groups issue their products in turn.
-        TO_FLOAT: how scores become floats: "convert", "add" the bias to them, "start" the product on top of it.
-        EXACT_BIAS: whether the bias is subtracted exactly.
+        START: whether q k^T starts at the bias, which else is added to it.
+        MAXI: whether the greatest score is found among integers.
+        SUM: whether sums of p are added or made by the tensor cores.
         POLY: how many of 8 exponentials are polynomials.
-        EARLY_P: whether p becomes an operand before p v of the tile before has ended.
-        MAXNREG: registers of a thread of `forward_small`.
+        MAXNREG, WARPS: registers of a thread of `forward_small`, and its warps.
     """
 
     GROUPS: int = 2
     N: int = 128
     STAGES: int = 3
-    AHEAD: bool = True
-    TWO_LEVEL: bool = True
+    SCHEDULE: Literal["serial", "ahead", "pair"] = "serial"
     PARTS: int = 1
-    TURNS: bool = True
-    TO_FLOAT: Literal["convert", "add", "start"] = "add"
-    EXACT_BIAS: bool = False
+    TURNS: bool = False
+    START: bool = True
+    MAXI: bool = False
+    SUM: Literal["add", "mma"] = "add"
     POLY: int = 0
-    EARLY_P: bool = False
     MAXNREG: int = 168
+    WARPS: int = 4
 
     def __post_init__(self) -> None:
         if self.N not in (64, 128) or self.STAGES < 1 or self.GROUPS not in (1, 2, 3):
             raise ValueError(f"Config: wanted N 64 or 128, STAGES from 1, GROUPS 1, 2 or 3, got {self}")
 
     @property
+    def rows(self) -> int:
+        """Queries of a program."""
+        return 64 * self.GROUPS if self.GROUPS > 1 else 16 * self.WARPS
+
+    @property
     def options(self) -> dict[str, object]:
         """Constants of the kernel and options of its compilation."""
         constants = asdict(self)
-        groups, maxnreg = constants["GROUPS"], constants.pop("MAXNREG")
+        groups, maxnreg, warps = constants["GROUPS"], constants.pop("MAXNREG"), constants.pop("WARPS")
         if groups == 1:
-            for name in ("GROUPS", "AHEAD", "TURNS", "EARLY_P"):
+            for name in ("GROUPS", "SCHEDULE", "TURNS"):
                 constants.pop(name)
-            return constants | {"num_warps": 4, "maxnreg": maxnreg}
+            return constants | {"num_warps": warps, "maxnreg": maxnreg}
         # 65,536 registers over the warp groups: an even share at the launch, then the loader gives its own away.
         registers = {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}[groups]
         return constants | registers | {"LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": 4}
@@ -87,7 +92,7 @@ class Config:
 
 def config(head_dim: int, values: torch.dtype) -> Config:
     if values.itemsize == 2:
-        return Config(TWO_LEVEL=False, STAGES=2, GROUPS=2 if head_dim == 128 else 3)
+        return Config(STAGES=2, GROUPS=2 if head_dim == 128 else 3)
     return Config(GROUPS=2 if head_dim == 128 else 3)
 
 
@@ -142,11 +147,12 @@ def attend_quantised(
     built = config(d, x.v.dtype) if tuned is None else tuned
     out = torch.empty((b, nq, h, d), dtype=dtype, device=x.q.device)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=x.q.device) if return_lse else None
-    q_tiles = -(-nq // (M.value * built.GROUPS))
+    q_tiles = -(-nq // built.rows)
+    tile_rows = built.rows if built.GROUPS == 1 else M.value
     pieces = b * h * q_tiles
     values = _describe(x.v, d, built.N) if v8 else _describe(readable(x.v).transpose(1, 2), built.N, d)
     descs = [
-        _describe(x.q, M.value, d), _describe(x.k, built.N, d), values, _describe(out.transpose(1, 2), M.value, d),
+        _describe(x.q, tile_rows, d), _describe(x.k, built.N, d), values, _describe(out.transpose(1, 2), tile_rows, d),
     ]  # fmt: skip
     unused = x.q_scale
     numbers = (
