@@ -51,6 +51,8 @@ class Config:
         MAXI: whether the greatest score is found among integers.
         SUM: whether sums of p are added or made by the tensor cores.
         POLY: how many of 8 exponentials are polynomials.
+        SKIP: whether a warp passes over the rescaling where no row has a new maximum.
+        FLUSH: after how many tiles p v of e4m3 goes from the tensor cores' sum to one in shared memory; 0: after each.
         MAXNREG, WARPS: registers of a thread of `forward_small`, and its warps.
     """
 
@@ -64,6 +66,8 @@ class Config:
     MAXI: bool = False
     SUM: Literal["add", "mma"] = "add"
     POLY: int = 0
+    SKIP: bool = False
+    FLUSH: int = 0
     MAXNREG: int = 168
     WARPS: int = 4
 
@@ -82,7 +86,7 @@ class Config:
         constants = asdict(self)
         groups, maxnreg, warps = constants["GROUPS"], constants.pop("MAXNREG"), constants.pop("WARPS")
         if groups == 1:
-            for name in ("GROUPS", "SCHEDULE", "TURNS"):
+            for name in ("GROUPS", "SCHEDULE", "TURNS", "FLUSH"):
                 constants.pop(name)
             return constants | {"num_warps": warps, "maxnreg": maxnreg}
         # 65,536 registers over the warp groups: an even share at the launch, then the loader gives its own away.

@@ -24,6 +24,23 @@ BIAS = gl.constexpr(12582912.0)  # 1.5 * 2^23: the bits of BIAS + n are those of
 BIAS_BITS = gl.constexpr(0x4B400000)
 
 
+
+
+@gluon.constexpr_function
+def _skipping(count):
+    """PTX: `count` numbers times their factors, where a factor of rows r or r + 8 is not 1 in any thread of the warp."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    return (
+        f"{{ .reg .pred a, b; setp.neu.f32 a, ${2 * count}, 0f3F800000; setp.neu.or.f32 b, ${2 * count + 2}, "
+        f"0f3F800000, a; vote.sync.any.pred b, b, 0xffffffff; @!b bra DONE; {products} DONE: }}"
+    )
+
+
+@gluon.constexpr_function
+def _constraints(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
 # ---------------------------------------------------------------- arithmetic of one tile
 
 
@@ -168,6 +185,19 @@ def _values(p, v_tile, acc, FRESH: gl.constexpr):
 
 
 @gluon.jit
+def _values_on(p, v_tile, acc, kept):
+    """p v, on top of acc where `kept`, started; 8-bit."""
+    return hopper.warpgroup_mma(p, v_tile.permute((1, 0)), acc, use_acc=kept, is_async=True)
+
+
+@gluon.jit
+def _flush(kept_acc, acc, fade):
+    """kept_acc * fade + acc, kept; every thread has its own numbers there."""
+    layout: gl.constexpr = acc.type.layout
+    kept_acc.store(kept_acc.load(layout) * _over_columns(fade, acc) + acc)
+
+
+@gluon.jit
 def _ones_times(packed, ones, sums, FRESH: gl.constexpr):
     """Sums of p's rows by the tensor cores, started."""
     bits: gl.constexpr = 32 if packed.dtype.primitive_bitwidth == 32 else 16
@@ -181,6 +211,20 @@ def _ones_times(packed, ones, sums, FRESH: gl.constexpr):
 def _over_columns(rows, like):
     """A number a row, for every column of `like`."""
     return gl.convert_layout(rows, gl.SliceLayout(1, like.type.layout))[:, None]
+
+
+@gluon.jit
+def _rescaled(acc, shrink, SKIP: gl.constexpr):
+    """acc * shrink; with SKIP a warp passes over it where no row of its own has a new maximum."""
+    rows = _over_columns(shrink, acc)
+    if SKIP:
+        COUNT: gl.constexpr = acc.shape[1] // 2  # registers of a thread: rows r and r + 8, by turns of two
+        TEXT: gl.constexpr = _skipping(COUNT)
+        CONSTRAINTS: gl.constexpr = _constraints(COUNT)
+        rows = rows.broadcast_to(acc.shape)
+        return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, [acc, rows], dtype=gl.float32, is_pure=True, pack=COUNT)
+    else:
+        return acc * rows
 
 
 @gluon.jit
@@ -329,7 +373,7 @@ def _load(task, HAS_LENS: gl.constexpr, N: gl.constexpr, V8: gl.constexpr, PAIR:
 def _attend(
     task, HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, OFFSET: gl.constexpr,
     SCHEDULE: gl.constexpr, PARTS: gl.constexpr, TURNS: gl.constexpr, START: gl.constexpr, MAXI: gl.constexpr,
-    SUM: gl.constexpr, POLY: gl.constexpr, GROUP: gl.constexpr,
+    SUM: gl.constexpr, POLY: gl.constexpr, SKIP: gl.constexpr, FLUSH: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp group: attention of the GROUP-th M queries of every piece of work."""
     o_desc, smem, full, empty, counts, q_tiles, pieces, q_len, kv_group, scales, ones, lse, lse_shift, flag = task
@@ -345,7 +389,6 @@ def _attend(
     V: gl.constexpr = v_smem.dtype
     V8: gl.constexpr = V.primitive_bitwidth == 8
     PAIR: gl.constexpr = SCHEDULE == "pair"
-    LATE: gl.constexpr = PARTS == 2
     NEXT: gl.constexpr = (GROUP + 1) % GROUPS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if V8 else 16])
@@ -371,7 +414,7 @@ def _attend(
         kv_head = (batch * (heads // kv_group) + head // kv_group).to(gl.int64)
         k_scales = k_scale_ptr + kv_head * blocks * 4
         rows = row + gl.arange(0, M, row_layout)
-        q_scale = gl.load(q_scale_ptr + q_rows + rows, mask=rows < q_len, other=0.0)
+        q_scale = gl.load(q_scale_ptr + q_rows + rows, mask=rows < q_len, other=1.0)
         k_scale = _scales_of_keys(k_scales, 0, steps, blocks, N, k_layout)
         mbarrier.wait(q_full.index(GROUP), q_phase)
         q_phase ^= 1
@@ -381,6 +424,13 @@ def _attend(
         else:
             l = gl.zeros([M, 4], gl.float32, sums_layout)
         acc = gl.zeros([M, D], gl.float32, acc_layout)
+        if FLUSH:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            places: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+            kept_acc = o_smem._reinterpret(gl.float32, [GROUPS, M, D], places).index(GROUP)
+            kept_acc.store(acc)
+            kept_m = m
         kept = keys - (steps - 1) * N
 
         mbarrier.wait(k_full.index(slot), phase)
@@ -406,13 +456,17 @@ def _attend(
             if SUM == "add":
                 l = _lane_sums(p)
             p8 = _packed(_flat(p, s), V, acc_layout)
-            # The mask of b goes into its scores, so that the loop needs none.
-            s_b = _flat(gl.where(_seen(_quads(s_b), kept + N), _quads(s_b), BIAS_BITS - 4194304 if START else -4194304), s)
+            # The mask of b goes into its scores, as bits of -inf, so that the loop needs none.
+            blind: gl.constexpr = -8388608 if START else -8388608 - BIAS_BITS
+            s_b = _flat(gl.where(_seen(_quads(s_b), kept + N), _quads(s_b), blind), s)
             k_scale = _scales_of_keys(k_scales, 2, steps, blocks, N, k_layout)
             mbarrier.wait(v_full.index(slot), phase)
 
             for step in range(2, steps, 2):
-                partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot), nothing if V8 else acc, V8)
+                if FLUSH:
+                    partial = _values_on(_operand(p8, acc_layout), _tile(v_smem, slot), acc, (step - 2) % FLUSH != 0)
+                else:
+                    partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot), nothing if V8 else acc, V8)
                 if SUM == "mma":
                     sums = gl.zeros([M, 8], gl.float32, ones_layout)
                     sums = _ones_times(p8, ones, sums, True)
@@ -435,20 +489,21 @@ def _attend(
                 partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot_b), partial, False)
                 if SUM == "mma":
                     sums = _ones_times(p8, ones, sums, False)
-                if not LATE:
-                    s = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_a), start, START)
+                s = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_a), start, START)
                 if SUM == "mma":
-                    partial, sums = hopper.warpgroup_mma_wait(0 if LATE else 1, [partial, sums])
+                    partial, sums = hopper.warpgroup_mma_wait(1, [partial, sums])
                     l = l * _over_columns(shrink, l) + sums
                 else:
-                    partial = hopper.warpgroup_mma_wait(0 if LATE else 1, [partial])
-                if LATE:
-                    s = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_a), start, START)
+                    partial = hopper.warpgroup_mma_wait(1, [partial])
                 mbarrier.arrive(v_empty.index(slot_b))
-                if V8:
+                if V8 and not FLUSH:
                     acc = acc * _over_columns(shrink, acc) + partial
                 else:
                     acc = partial
+                if FLUSH:
+                    if step % FLUSH == 0:
+                        _flush(kept_acc, acc, gl.exp2(kept_m - m))
+                        kept_m = m
                 mbarrier.wait(k_full.index(next_b), next_phase_b)
                 s_b = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_b), start, START)
                 if TURNS:
@@ -466,8 +521,8 @@ def _attend(
                 if SUM == "add":
                     l = l * shrink[:, None] + _lane_sums(p)
                 p8 = _packed(_flat(p, s), V, acc_layout)
-                if not V8:
-                    acc = acc * _over_columns(shrink, acc)
+                if not V8 or FLUSH:
+                    acc = _rescaled(acc, shrink, SKIP)
                 k_scale = _scales_of_keys(k_scales, step + 2, steps, blocks, N, k_layout)
                 slot = next_a
                 phase = next_phase_a
@@ -476,15 +531,23 @@ def _attend(
                 mbarrier.wait(v_full.index(slot), phase)
 
             mbarrier.arrive(q_empty.index(GROUP))
-            acc, l = _add_tile(acc, l, shrink, p8, _tile(v_smem, slot), ones, v_full.index(slot), phase, 1, SUM)
-            mbarrier.arrive(v_empty.index(slot))
+            if FLUSH:
+                fade = gl.exp2(kept_m - m)
+                acc *= ((steps - 2) % FLUSH != 0).to(gl.float32)
+                acc += kept_acc.load(acc_layout) * _over_columns(fade, acc)
             one = gl.full([M], 1.0, gl.float32, row_layout)
+            if not V8 or FLUSH:
+                if SUM == "mma":
+                    l = l * _over_columns(shrink, l)
+                shrink = one
+            acc, l = _add_tile(acc, l, shrink, p8, _tile(v_smem, slot), ones, v_full.index(slot), phase, PARTS, SUM)
+            mbarrier.arrive(v_empty.index(slot))
             p_b = _weights(s_b, m, q_scale, k_scale_b, 0, OFFSET, False, START, POLY)
             p8 = _packed(_flat(p_b, s), V, acc_layout)
             if SUM == "add":
                 l += _lane_sums(p_b)
             mbarrier.wait(v_full.index(slot_b), phase_b)
-            acc, l = _add_tile(acc, l, one, p8, _tile(v_smem, slot_b), ones, v_full.index(slot_b), phase_b, 1, SUM)
+            acc, l = _add_tile(acc, l, one, p8, _tile(v_smem, slot_b), ones, v_full.index(slot_b), phase_b, PARTS, SUM)
             mbarrier.arrive(v_empty.index(slot_b))
             slot, phase = _advance(slot_b, phase_b, STAGES)
         else:
@@ -505,7 +568,10 @@ def _attend(
                     if TURNS:
                         _turn("sync", GROUP)
                     s = _scores(_tile(q_smem, GROUP), _tile(k_smem, next_slot), start, START)
-                    partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot), nothing if V8 else acc, V8)
+                    if FLUSH:
+                        partial = _values_on(_operand(p8, acc_layout), _tile(v_smem, slot), acc, (step - 1) % FLUSH != 0)
+                    else:
+                        partial = _values(_operand(p8, acc_layout), _tile(v_smem, slot), nothing if V8 else acc, V8)
                     if SUM == "mma":
                         sums = gl.zeros([M, 8], gl.float32, ones_layout) if V8 else l
                         sums = _ones_times(p8, ones, sums, V8)
@@ -514,6 +580,7 @@ def _attend(
                     s = hopper.warpgroup_mma_wait(2 if SUM == "mma" else 1, [s])
                     mbarrier.arrive(k_empty.index(next_slot))
                     old_l = l
+                    old_m = m
                     p, m, next_shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, OFFSET, False, START, MAXI, SUM, POLY)
                     # Before the wait for partial, and not where v is used: it ends a block of instructions, which the
                     # assembler would else reorder so that the exponentials start after partial is complete.
@@ -527,14 +594,31 @@ def _attend(
                     else:
                         partial = hopper.warpgroup_mma_wait(0, [partial])
                     mbarrier.arrive(v_empty.index(slot))
-                    if V8:
+                    if FLUSH:
+                        acc = partial
+                        if step % FLUSH == 0:
+                            _flush(kept_acc, acc, gl.exp2(kept_m - old_m))
+                            kept_m = old_m
+                        acc = _rescaled(acc, next_shrink, SKIP)
+                    elif V8:
                         acc = acc * _over_columns(shrink, acc) + partial
                     else:
-                        acc = partial * _over_columns(next_shrink, acc)
+                        acc = _rescaled(partial, next_shrink, SKIP)
                     p8 = _packed(p, V, acc_layout)
                     shrink = next_shrink
                 else:
-                    if V8:
+                    if FLUSH:
+                        acc = _values_on(_operand(p8, acc_layout), _tile(v_smem, slot), acc, (step - 1) % FLUSH != 0)
+                        if SUM == "mma":
+                            sums = _ones_times(p8, ones, gl.zeros([M, 8], gl.float32, ones_layout), True)
+                            acc, sums = hopper.warpgroup_mma_wait(0, [acc, sums])
+                            l = l * _over_columns(shrink, l) + sums
+                        else:
+                            acc = hopper.warpgroup_mma_wait(0, [acc])
+                        if step % FLUSH == 0:
+                            _flush(kept_acc, acc, gl.exp2(kept_m - m))
+                            kept_m = m
+                    elif V8:
                         acc, l = _add_tile(
                             acc, l, shrink, p8, _tile(v_smem, slot), ones, v_full.index(slot), phase, PARTS, SUM
                         )
@@ -555,9 +639,9 @@ def _attend(
                     s = hopper.warpgroup_mma_wait(0, [s])
                     mbarrier.arrive(k_empty.index(next_slot))
                     p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, OFFSET, False, START, MAXI, SUM, POLY)
-                    if not V8:
-                        acc = acc * _over_columns(shrink, acc)
-                        if SUM == "mma":
+                    if not V8 or FLUSH:
+                        acc = _rescaled(acc, shrink, SKIP)
+                        if SUM == "mma" and not V8:
                             l = l * _over_columns(shrink, l)
                     p8 = _packed(p, V, acc_layout)
                     mbarrier.wait(v_full.index(next_slot), next_phase)
@@ -566,22 +650,38 @@ def _attend(
                 phase = next_phase
 
             mbarrier.arrive(q_empty.index(GROUP))
-            if not V8:
-                shrink = gl.full([M], 1.0, gl.float32, row_layout)
-            acc, l = _add_tile(acc, l, shrink, p8, _tile(v_smem, slot), ones, v_full.index(slot), phase, PARTS, SUM)
+            if FLUSH:
+                acc = _values_on(_operand(p8, acc_layout), _tile(v_smem, slot), acc, (steps - 1) % FLUSH != 0)
+                if SUM == "mma":
+                    sums = _ones_times(p8, ones, gl.zeros([M, 8], gl.float32, ones_layout), True)
+                    acc, sums = hopper.warpgroup_mma_wait(0, [acc, sums])
+                    l = l * _over_columns(shrink, l) + sums
+                else:
+                    acc = hopper.warpgroup_mma_wait(0, [acc])
+                acc += kept_acc.load(acc_layout) * _over_columns(gl.exp2(kept_m - m), acc)
+            else:
+                if not V8:
+                    shrink = gl.full([M], 1.0, gl.float32, row_layout)
+                acc, l = _add_tile(acc, l, shrink, p8, _tile(v_smem, slot), ones, v_full.index(slot), phase, PARTS, SUM)
             mbarrier.arrive(v_empty.index(slot))
             slot, phase = _advance(slot, phase, STAGES)
 
         v_scales = v_scale_ptr + kv_head * D
         out = _finish(
-            acc, m, l, v_scales, lse + q_rows, lse_shift + q_rows, row, q_len, o_smem.dtype, OFFSET, HAS_LSE, V8, SUM
+            acc, m, l, v_scales, lse + q_rows, lse_shift + q_rows, row, q_len, o_desc.dtype, OFFSET, HAS_LSE, V8, SUM
         )
         if HAS_FLAG:
             _raise_flag(out, flag)
-        tma.store_wait(0)
-        _tile(o_smem, GROUP).store(out)
-        hopper.fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_smem.index(GROUP))
+        if FLUSH:
+            gl.thread_barrier()
+            _tile(o_smem, 2 * GROUP).store(out)
+            hopper.fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_smem.index(2 * GROUP))
+        else:
+            tma.store_wait(0)
+            _tile(o_smem, GROUP).store(out)
+            hopper.fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_smem.index(GROUP))
     tma.store_wait(0)
 
 
@@ -600,10 +700,14 @@ def forward(
     HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, OFFSET: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, SCHEDULE: gl.constexpr, PARTS: gl.constexpr,
     TURNS: gl.constexpr, START: gl.constexpr, MAXI: gl.constexpr, SUM: gl.constexpr, POLY: gl.constexpr,
-    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    SKIP: gl.constexpr, FLUSH: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     V8: gl.constexpr = v_desc.dtype.primitive_bitwidth == 8
-    smem = (_tiles(q_desc, GROUPS), _tiles(k_desc, STAGES), _tiles(v_desc, STAGES), _tiles(o_desc, GROUPS))
+    if FLUSH:
+        o_smem = _tiles(o_desc, 2 * GROUPS)  # each two are as large as an accumulator
+    else:
+        o_smem = _tiles(o_desc, GROUPS)
+    smem = (_tiles(q_desc, GROUPS), _tiles(k_desc, STAGES), _tiles(v_desc, STAGES), o_smem)
     full = (_barriers(GROUPS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
     empty = (_barriers(GROUPS, 1), _barriers(STAGES, GROUPS), _barriers(STAGES, GROUPS))
     if SUM == "mma":
@@ -620,8 +724,8 @@ def forward(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, 0)),
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, 1)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, SKIP, FLUSH, 0)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, SKIP, FLUSH, 1)),
                 (_load, (load, HAS_LENS, N, V8, SCHEDULE == "pair")),
             ],
             [4, 1],
@@ -630,9 +734,9 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, 0)),
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, 1)),
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, 2)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, SKIP, FLUSH, 0)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, SKIP, FLUSH, 1)),
+                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, OFFSET, SCHEDULE, PARTS, TURNS, START, MAXI, SUM, POLY, SKIP, FLUSH, 2)),
                 (_load, (load, HAS_LENS, N, V8, SCHEDULE == "pair")),
             ],
             [4, 4, 1],
@@ -667,6 +771,7 @@ def forward_small(
     HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, OFFSET: gl.constexpr,
     N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
     START: gl.constexpr, MAXI: gl.constexpr, SUM: gl.constexpr, POLY: gl.constexpr,
+    SKIP: gl.constexpr,
 ):  # fmt: skip
     V: gl.constexpr = v_desc.dtype
     V8: gl.constexpr = V.primitive_bitwidth == 8
@@ -706,7 +811,7 @@ def forward_small(
     kv_row = (batch * (heads // kv_group) + kv_head).to(gl.int64)
     k_scales = k_scale + kv_row * blocks * 4
     rows = row + gl.arange(0, M, row_layout)
-    scale_q = gl.load(q_scale + q_rows + rows, mask=rows < q_len, other=0.0)
+    scale_q = gl.load(q_scale + q_rows + rows, mask=rows < q_len, other=1.0)
     scale_k = _scales_of_keys(k_scales, 0, steps, blocks, N, k_layout)
     start = gl.full([M, N], BIAS_BITS if START else 0, gl.int32, s_layout)
     m = gl.full([M], -1e30, gl.float32, row_layout)  # finite also where no key is left
@@ -748,7 +853,7 @@ def forward_small(
             p8 = _packed(p, V, acc_layout)
             acc, l = _add_tile(acc, l, shrink, p8, _tile(v_smem, slot), ones, full.index(slot), phase, PARTS, SUM)
         else:
-            acc = acc * _over_columns(shrink, acc)
+            acc = _rescaled(acc, shrink, SKIP)
             p8 = _packed(p, V, acc_layout)
             acc = _values(_operand(p8, acc_layout), _tile(v_smem, slot), acc, False)
             if SUM == "mma":
