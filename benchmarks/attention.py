@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,15 @@ from videoattn.benchmarks import find_shapes, results, timing
 from videoattn.benchmarks.find_shapes import Shape
 from videoattn.call import Call
 from videoattn.kernels.reference import attend
-from videoattn.policy import EXACT
+from videoattn.policy import EXACT, Decision, Dense, Precision
 
 TOLERANCE = 1e-2  # relative L2 of an exact kernel in 16 bits: bf16 makes 3e-3, fp16 4e-4
+TOLERANCES = {  # of quantised ones, which make 0.039, 0.011 and 0.03
+    "exact": TOLERANCE,
+    "int8_qk_fp8_pv": 0.06,
+    "int8_qk_16bit_pv": 0.03,
+    "int8_qk_int8_pv": 0.06,
+}
 MATH_SCORES = 2 * 2**30  # bytes of fp32 scores up to which sdpa_math is run
 SAMPLE_ROWS = 64
 SAMPLE_KEYS = 65536  # batch rows are sampled so that the sample has about as many keys
@@ -108,13 +115,13 @@ class Problem:
         out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, self.shape.causal, enable_gqa=gqa)
         return out.transpose(1, 2)
 
-    def planned(self, backend: Backend) -> Callable[..., Tensor]:
-        run = backend.plan(self.call(), EXACT, guard.flag())
+    def planned(self, backend: Backend, decision: Decision = EXACT) -> Callable[..., Tensor]:
+        run = backend.plan(self.call(), decision, guard.flag())
         keeps_mask = not self.has_kv_len
         return lambda q, k, v, mask, kv_len: run(q, k, v, mask if keeps_mask else None, kv_len, None)
 
-    def error(self, inputs: tuple, out: Tensor, baseline: Tensor) -> float:
-        """Relative L2 error of a sample of rows against the oracle. Raises WrongOutput beyond ``TOLERANCE``."""
+    def error(self, inputs: tuple, out: Tensor, baseline: Tensor, tolerance: float = TOLERANCE) -> float:
+        """Relative L2 error of a sample of rows against the oracle. Raises WrongOutput beyond ``tolerance``."""
         s, (q, k, v, _, _) = self.shape, inputs
         if out.shape != (s.batch, s.q_len, s.heads, s.head_dim) or out.dtype != self.dtype:
             raise timing.WrongOutput(f"{s.name}: wanted the shape and dtype of q, got {tuple(out.shape)} {out.dtype}")
@@ -124,9 +131,9 @@ class Problem:
         kv_len = None if s.mask == "none" else torch.full((len(batch),), s.kv_valid, device=self.device)
         exact, _ = attend(q[batch][:, rows], k[batch], v[batch], kv_len=kv_len)
         error = float((out[batch][:, rows] - exact).norm() / exact.norm())
-        if not (error <= TOLERANCE and bool(out[:, :count].isfinite().all())):
+        if not (error <= tolerance and bool(out[:, :count].isfinite().all())):
             raise timing.WrongOutput(
-                f"{s.name}: wanted a finite output within {TOLERANCE} of fp64, got error {error:.2e}"
+                f"{s.name}: wanted a finite output within {tolerance} of fp64, got error {error:.2e}"
             )
         return error
 
@@ -149,10 +156,23 @@ def accepting(call: Call) -> list[Backend]:
     return [backend for backend in backends() if backend.refuses(call, EXACT) is None]
 
 
-def measure(problem: Problem, seconds: float, among: Iterable[Backend]) -> dict[str, timing.Comparison]:
+def quantising(call: Call) -> list[tuple[Backend, Dense]]:
+    """Our kernels that quantise and take a call, each with what it computes."""
+    decisions = [Dense(precision) for precision in get_args(Precision) if precision != "exact"]
+    return [
+        (backend, decision)
+        for backend in backends()
+        for decision in decisions
+        if backend.computes(decision) and backend.refuses(call, decision) is None
+    ]
+
+
+def measure(
+    problem: Problem, seconds: float, among: Iterable[Backend], decision: Dense = EXACT
+) -> dict[str, timing.Comparison]:
     """Backend name -> its comparison with torch's own choice, for those of ``among`` that can be afforded."""
     candidates = {
-        backend.name: problem.planned(backend)
+        backend.name: problem.planned(backend, decision)
         for backend in among
         if problem.affords(backend)
         and (problem.has_kv_len or backend.name != "sdpa")  # without a mask that is the control
@@ -169,21 +189,21 @@ def measure(problem: Problem, seconds: float, among: Iterable[Backend]) -> dict[
         problem.as_diffusers,
         candidates,
         problem.inputs,
-        problem.error,
+        functools.partial(problem.error, tolerance=TOLERANCES[decision.precision]),
         device=problem.device,
         seconds=seconds,
         min_rounds=3,
     )
     control = compared.pop("control")
-    return compared if problem.has_kv_len else {"sdpa": control, **compared}
+    return compared if problem.has_kv_len or decision != EXACT else {"sdpa": control, **compared}
 
 
 def attempt(
-    problem: Problem, seconds: float, among: Iterable[Backend]
+    problem: Problem, seconds: float, among: Iterable[Backend], decision: Dense = EXACT
 ) -> dict[str, timing.Comparison] | timing.WrongOutput | torch.OutOfMemoryError:
     """`measure`, or why this row shows nothing. The GPU's memory is free for the next row."""
     try:
-        return measure(problem, seconds, among)
+        return measure(problem, seconds, among, decision)
     except (timing.WrongOutput, torch.OutOfMemoryError) as error:
         return error.with_traceback(None)  # whose frames hold the tensors
     finally:

@@ -1,10 +1,12 @@
 """Whole denoiser forwards at real sizes with random weights: as diffusers runs them, and after ``enable_fast_attention``.
 
-Both run on the same weights, eager, launch gaps included, because that is what a user waits for. rel_l2 is the patched
+Both run on the same weights, eager (or both compiled, with --compile), launch gaps included, because that is what a user
+waits for. rel_l2 is the patched
 output against the unpatched one, not against an fp32 reference: at these depths two exact kernels differ by a percent.
 Peak memory of either, allocated above what was there before the call, goes to ``forward_memory.csv``.
 
     python -m videoattn.benchmarks.forward --preset exact            # three minutes on an H200
+    python -m videoattn.benchmarks.forward --preset balanced --compile --only wan-1.3b
 """
 
 from __future__ import annotations
@@ -66,10 +68,15 @@ def measure(
     device: torch.device,
     seconds: float,
     overrides: models.Spec | None,
+    *,
+    compiled: bool = False,
 ) -> tuple[timing.Comparison, dict[str, int], videoattn.reports.Report]:
     """Patched against unpatched, peak bytes of both (empty on a CPU), and the report of what was patched."""
     plain = models.denoiser(name, device=device, overrides=overrides)
     fast = videoattn.enable_fast_attention(twin(plain), preset)
+    if compiled:
+        plain.compile()
+        fast.compile()
 
     def run(denoiser: nn.Module) -> Callable[..., torch.Tensor]:
         @torch.no_grad()
@@ -102,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time whole denoiser forwards, patched against unpatched.")
     results.add_arguments(parser)
     parser.add_argument("--preset", default="exact", choices=tuple(TOLERANCE))
+    parser.add_argument("--compile", action="store_true", help="both through torch.compile")
     parser.add_argument("--seconds", type=float, default=8.0, help="a case; at least three rounds of six forwards")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     wrong = []
     for case, name, size in chosen:
         try:
-            result, peaks, report = measure(name, size, args.preset, device, args.seconds, None)
+            result, peaks, report = measure(name, size, args.preset, device, args.seconds, None, compiled=args.compile)
         except (timing.WrongOutput, torch.OutOfMemoryError) as error:
             wrong.append(f"{case}: {error}")
             continue
@@ -125,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             "dtype": models.spec(name)["dtype"],
             "layout": None,
             "kernel": args.preset,
-            "baseline": "eager",
+            "baseline": "torch.compile" if args.compile else "eager",
             "median_ms": result.median_ms,
             "baseline_ms": result.baseline_ms,
             "ratio": result.ratio,
@@ -138,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         results.append("forward", [row], env, args.results)
         results.append_samples("forward", row, result, args.samples)
-        if peaks:
+        if peaks and not args.compile:
             values = [(f"peak_{who}", count / 2**30, "GiB") for who, count in peaks.items()]
             values.append((f"peak_ratio_{args.preset}", peaks[args.preset] / peaks["unpatched"], "patched/unpatched"))
             figures = [{"case": case, "metric": m, "value": v, "unit": u} for m, v, u in values]

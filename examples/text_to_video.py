@@ -40,19 +40,20 @@ def main(argv: list[str] | None = None) -> None:
     pipe = load(args.model)
     generate(pipe, replace(settings, steps=1))  # the first run in a process is slower, whatever it runs
     baseline = generate(pipe, settings)
-    videoattn.enable_fast_attention(pipe, args.preset)
+    policy = videoattn.Policy.of(args.preset)
+    videoattn.enable_fast_attention(pipe, policy)
     fast = generate(pipe, settings)
 
     write_video(baseline.frames, args.out / "baseline.mp4")
     write_video(fast.frames, args.out / "fast.mp4")
-    write_contact_sheet({"diffusers": baseline.frames, args.preset: fast.frames}, args.out / "contact_sheet.png")
+    write_contact_sheet({"diffusers": baseline.frames, policy.name: fast.frames}, args.out / "contact_sheet.png")
 
     table = Table(title=settings.prompt, title_justify="left", caption=f"memory: {fast.memory}")
     for column in ("run", "seconds", "denoiser calls", "peak memory", "PSNR to diffusers"):
         table.add_column(column, justify="left" if column == "run" else "right")
     difference = compare_videos(fast.frames, baseline.frames)
     psnr = "identical" if difference.identical else f"{difference.psnr:.1f} dB"
-    for label, run, against in (("diffusers", baseline, ""), (args.preset, fast, psnr)):
+    for label, run, against in (("diffusers", baseline, ""), (policy.name, fast, psnr)):
         table.add_row(label, f"{run.seconds:.1f}", str(run.calls), f"{run.peak_gib:.2f} GiB", against)
     Console().print(table)
     print(videoattn.report(pipe))

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from videoattn.call import Call
 from videoattn.kernels.flash_hopper_device import M, forward
 from videoattn.kernels.tiles import parts
-from videoattn.kernels.triton_backend import Tile, TritonBackend, on_device_of, scale_log2
+from videoattn.kernels.triton_backend import Tile, TritonBackend, on_device_of, readable, scale_log2
 
 LOADER_REGISTERS = 24
 
@@ -104,16 +104,6 @@ class _Tiles(NamedTuple):
 def tile_layout(width: int) -> gl.NVMMASharedLayout:
     """How tiles of `width` elements lie in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=min(2 * width, 128), element_bitwidth=16, rank=4)
-
-
-def readable(x: Tensor) -> Tensor:
-    """x [B, N, H, D], or its copy where TMA cannot read x: base and strides must be multiples of 16 bytes above 0."""
-    (b, n, h, _), (sb, sn, sh, sd) = x.shape, x.stride()
-    # A dimension of size 1 is never stepped over.
-    sb, sn, sh = sb if b > 1 else 8, sn if n > 1 else 8, sh if h > 1 else 8
-    if sd == 1 and sb > 0 and sn > 0 and sh > 0 and not (sb | sn | sh) & 7 and not x.data_ptr() & 15:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(x: Tensor, rows: int, width: int) -> _Tiles:

@@ -48,8 +48,11 @@ class Sdpa:
     def __repr__(self) -> str:
         return f"Sdpa({self.name!r})"
 
+    def computes(self, decision: Decision) -> bool:
+        return decision == EXACT
+
     def refuses(self, call: Call, decision: Decision) -> str | None:
-        if decision != EXACT:
+        if not self.computes(decision):
             return f"computes exact attention only, asked for {decision}"
         if call.causal and (call.mask != "none" or call.has_kv_len):
             return "takes causal or a mask, not both"

@@ -14,13 +14,13 @@ import triton.language as tl
 MIN_PART = 16  # the least inner size of tl.dot in 16 bits
 
 
-def parts(head_dim: int) -> tuple[int, int]:
-    """The sizes D0 > D1 that cover `head_dim` with the least padding; D1 = 0 where one part does.
+def parts(head_dim: int, least: int = MIN_PART) -> tuple[int, int]:
+    """The sizes D0 > D1, none below `least`, that cover `head_dim` with the least padding; D1 = 0 where one part does.
 
     >>> parts(40), parts(64), parts(80), parts(112), parts(160)
     ((32, 16), (64, 0), (64, 16), (128, 0), (128, 32))
     """
-    padded = -(-head_dim // MIN_PART) * MIN_PART
+    padded = -(-head_dim // least) * least
     while padded.bit_count() > 2:
         padded += padded & -padded
     first = 1 << padded.bit_length() - 1

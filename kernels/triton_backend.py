@@ -17,6 +17,7 @@ from videoattn.policy import EXACT, Decision
 
 if TYPE_CHECKING:
     from triton import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = math.log2(math.e)
 TUNED_WITH = "3.6.0"  # the Triton that the tile sizes, warps and stages of our kernels were measured with
@@ -41,13 +42,14 @@ class Tile(NamedTuple):
 
 
 class TritonBackend:
-    """An exact kernel of ours: fp16, bf16 or fp32 on NVIDIA cards from compute capability 8.0.
+    """A kernel of ours that computes one decision: fp16, bf16 or fp32 on NVIDIA cards from compute capability 8.0.
 
     Args:
         name: the backend's name.
         attend: the kernel's launcher.
         refuses: the kernel's own limits: (call) -> reason or None.
         tile: how the launcher cuts a call; None for one that does not say.
+        decision: what it computes.
     """
 
     own = True
@@ -58,18 +60,23 @@ class TritonBackend:
         attend: Attend,
         refuses: Callable[[Call], str | None],
         tile: Callable[[Call], Tile | None] = lambda call: None,
+        decision: Decision = EXACT,
     ) -> None:
         self.name = name
         self.attend = attend
         self.tile = tile
+        self.decision = decision
         self._refuses = refuses
 
     def __repr__(self) -> str:
         return f"TritonBackend({self.name!r})"
 
+    def computes(self, decision: Decision) -> bool:
+        return decision == self.decision
+
     def refuses(self, call: Call, decision: Decision) -> str | None:
-        if decision != EXACT:
-            return f"computes exact attention only, asked for {decision}"
+        if not self.computes(decision):
+            return f"computes {self.decision} attention only, asked for {decision}"
         if call.device.type != "cuda":
             return "no GPU"
         if torch.version.hip is not None:
@@ -103,6 +110,23 @@ class TritonBackend:
         return transposed
 
 
+class Tiles(NamedTuple):
+    """What a launch reads of a TensorDescriptor; that checks its fields anew each time it is made, for 20 us."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+    padding: str = "zero"
+
+    @classmethod
+    def of(cls, x: Tensor, rows: int, width: int) -> Tiles:
+        """Tiles [1, 1, rows, width] of x, whose base and strides are multiples of 16 bytes."""
+        # A dimension of size 1 is never stepped over.
+        strides = tuple(step if size > 1 else 16 for size, step in zip(x.shape[:3], x.stride(), strict=False))
+        return cls(x, x.shape, (*strides, 1), (1, 1, rows, width))
+
+
 class Launch:
     """Launches of a kernel whose numbers and constants are the same each time: one shape, one set of strides.
 
@@ -122,25 +146,34 @@ class Launch:
         self.constants = constants
         self._found: dict[tuple, tuple[Callable[..., None], tuple]] = {}
 
-    def __call__(self, kernel: JITFunction, tensors: tuple[Tensor | None, ...], scale: float) -> None:
-        """Run `kernel`, whose parameters are tensors, a scale, the numbers and the constants, on the current device."""
-        addresses = [x if x is None else x.data_ptr() for x in tensors]
-        key = (
-            id(kernel),
-            *[
-                x if x is None else (x.dtype, x.is_cuda, not address & 15)
-                for x, address in zip(tensors, addresses, strict=True)
-            ],
-        )
+    def __call__(self, kernel: JITFunction, tensors: tuple[Tensor | Tiles | None, ...], *scale: float) -> None:
+        """Run `kernel` on the current device: its parameters are tensors or tiles of them, a scale, if any, the numbers
+        and the constants."""
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+        key = (id(kernel), *map(_kind, tensors, addresses))
         found = self._found.get(key)
         if found is not None:
             launch, numbers_and_constants = found
-            launch(*addresses, scale, *numbers_and_constants)
+            launch(*addresses, *scale, *numbers_and_constants)
             return
-        compiled = kernel[self.grid](*tensors, scale, *self.numbers, **self.constants)
+        tensors = [_descriptor(x) if isinstance(x, Tiles) else x for x in tensors]
+        compiled = kernel[self.grid](*tensors, *scale, *self.numbers, **self.constants)
         if compiled is not None:  # as it is in the interpreter
             constants = (self.constants[name] for name in kernel.arg_names if name in self.constants)
             self._found[key] = compiled[self.grid], (*self.numbers, *constants)
+
+
+def _kind(x: Tensor | Tiles | None, address: int | Tiles | None) -> tuple | torch.dtype | None:
+    """What of an argument makes another kernel."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.is_cuda, not address & 15
+    return x if x is None else x.base.dtype
+
+
+def _descriptor(x: Tiles) -> TensorDescriptor:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x.base, list(x.shape), list(x.strides), list(x.block_shape), x.padding)
 
 
 def scale_log2(scale: float | None, head_dim: int) -> float:
@@ -177,3 +210,14 @@ def aligned(*tensors: Tensor) -> bool:
     for x in tensors:
         bits |= x.data_ptr()
     return bits & 15 == 0
+
+
+def readable(x: Tensor) -> Tensor:
+    """x [B, N, H, D] in 16 bits, or its copy where TMA cannot read x: base and strides are to be multiples of 16 bytes
+    above 0."""
+    (b, n, h, _), (sb, sn, sh, sd) = x.shape, x.stride()
+    # A dimension of size 1 is never stepped over.
+    sb, sn, sh = sb if b > 1 else 8, sn if n > 1 else 8, sh if h > 1 else 8
+    if sd == 1 and sb > 0 and sn > 0 and sh > 0 and not (sb | sn | sh) & 7 and not x.data_ptr() & 15:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ from videoattn.prologue import Prologue, Stream
 
 
 class CogVideoXProcessor(FastProcessor):
-    prologue = Prologue(norm="per_head", rotate=rotate)
+    prologue = Prologue(norm="per_head", rotate=rotate, pairs="repeated")
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         if self.run is None or attention_mask is not None:  # no CogVideoX pipeline passes a mask

@@ -24,7 +24,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 class JointProcessor(FastProcessor):
     """Video and text in one sequence, video first, padding last."""
 
-    prologue = Prologue(norm="per_head", rotate=rotate)
+    prologue = Prologue(norm="per_head", rotate=rotate, pairs="repeated")
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         if self.run is None:

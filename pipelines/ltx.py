@@ -17,7 +17,7 @@ from videoattn.prologue import Prologue, Stream
 
 
 class LTXProcessor(FastProcessor):
-    prologue = Prologue(norm="across_heads", rope="across_heads", rotate=apply_rotary_emb)
+    prologue = Prologue(norm="across_heads", rope="across_heads", rotate=apply_rotary_emb, pairs="repeated")
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         if self.run is None or (attention_mask is not None and self.kv_len is None):

@@ -42,8 +42,8 @@ class FastProcessor:
         self.run = run
 
     def attend(self, heads: int, *streams: Stream, kv_len: Tensor | None = None) -> Tensor:
-        """Attention of raw projections: prologue, then the runner. Returns [B, N, H*D]."""
-        return self.run(*self.prologue(heads, *streams), None, kv_len).flatten(2, 3)
+        """Attention of raw projections. Returns [B, N, H*D]."""
+        return self.run.attend(self.prologue, heads, *streams, kv_len=kv_len).flatten(2, 3)
 
 
 def project_out(attn, x: Tensor) -> Tensor:

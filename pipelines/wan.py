@@ -15,7 +15,7 @@ TEXT_TOKENS = 512  # the host's transformer hard-codes where the image's tokens 
 
 
 class WanProcessor(FastProcessor):
-    prologue = Prologue(norm="across_heads", rotate=rotate_pairs)
+    prologue = Prologue(norm="across_heads", rotate=rotate_pairs, pairs="halves")
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if self.run is None:
@@ -28,9 +28,11 @@ class WanProcessor(FastProcessor):
         if rotary_emb is not None:  # the host's tables hold each value twice; q and k share the halves
             rope = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
         stream = Stream(*self._project(attn, hidden_states, context), attn.norm_q, attn.norm_k, rope)
+        if image is None and attention_mask is None:
+            return project_out(attn, self.attend(attn.heads, stream))
+
         q, k, v = self.prologue(attn.heads, stream)
         out = self.run(q, k, v, attention_mask)
-
         if image is not None:
             k, v = self._project_image(attn, image)
             k, v = split_heads(attn.norm_added_k(k), attn.heads), split_heads(v, attn.heads)

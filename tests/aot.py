@@ -43,10 +43,11 @@ class Case:
         kernel: the module in kernels/.
         capability: 90 for 9.0.
         tokens: queries and keys of a row; the other kernels are made for any number.
+        pv: how the quantised kernel multiplies p and v.
         tuned: entries that replace those of the shipped config.
     """
 
-    kernel: Literal["temporal", "flash"]
+    kernel: Literal["temporal", "flash", "quantised"]
     capability: int
     head_dim: int
     tokens: int = 4096
@@ -55,12 +56,14 @@ class Case:
     causal: bool = False
     kv_len: bool = False
     lse: bool = False
+    pv: Literal["fp8", "16bit", "int8", ""] = ""
     tuned: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         shape = f" x {self.tokens} tokens" if self.kernel == "temporal" else ""
         extras = [self.mask] * (self.mask != "none") + [x for x in ("causal", "kv_len", "lse") if getattr(self, x)]
-        return " ".join([f"{self.kernel} sm_{self.capability} head_dim {self.head_dim}{shape} {self.dtype}", *extras])
+        kernel = f"{self.kernel} {self.pv}".rstrip()
+        return " ".join([f"{kernel} sm_{self.capability} head_dim {self.head_dim}{shape} {self.dtype}", *extras])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ class Figures:
         if self.shared > 1024 * SHARED_KIB[case.capability]:
             found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.capability]}")
         if (
-            case.kernel == "flash"
+            case.kernel in ("flash", "quantised")
             and case.capability == 90
             and case.dtype != "fp32"
             and set(self.products) != {"wgmma"}
@@ -103,9 +106,21 @@ class Figures:
         return found
 
 
+def quantised(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -> list[Case]:
+    """Every way to multiply p and v on every card that has it."""
+    return [
+        Case(kernel="quantised", pv=pv, capability=capability, head_dim=head_dim, **form)
+        for capability in SHARED_KIB
+        for pv in ("fp8", "16bit", "int8")
+        if pv != "fp8" or capability >= 89
+        for head_dim in head_dims
+        for form in forms
+    ]
+
+
 def shipped() -> list[Case]:
     """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
-    return [
+    return quantised((40, 64, 80, 128, 160), [{}]) + [
         Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
         for capability in SHARED_KIB
         for head_dim in HEAD_DIMS
@@ -132,7 +147,8 @@ def everything() -> list[Case]:
         for kv_len in (False, True)
         if tokens <= 32 or size["head_dim"] * (4 if size["dtype"] == "fp32" else 2) <= 256
     ]
-    return dense + short
+    forms = [{"kv_len": kv_len, "lse": lse} for kv_len in (False, True) for lse in (False, True)]
+    return dense + short + quantised(range(16, 257, 8), forms)
 
 
 # ---------------------------------------------------------------- in a process that can compile
@@ -174,11 +190,13 @@ def compiled(case: Case) -> Figures:
     import torch
     import triton
 
-    from videoattn.kernels import flash, temporal
+    from videoattn.kernels import flash, operands, quantised, temporal
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int": torch.int32}
+    dtypes |= {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bool": torch.bool}
 
     def tensor(*shape: int, dtype: str = case.dtype):
-        dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int": torch.int32}
-        return torch.empty(*shape, dtype=dtypes.get(dtype, torch.bool), device="meta")
+        return torch.empty(*shape, dtype=dtypes[dtype], device="meta")
 
     n, d = case.tokens, case.head_dim
     options = {"return_lse": case.lse, "flag": tensor(1, dtype="int")}
@@ -189,9 +207,9 @@ def compiled(case: Case) -> Figures:
         options |= {"mask": mask, "causal": case.causal}
 
     log = io.StringIO()
-    module = {"flash": flash, "temporal": temporal}[case.kernel]
+    module = {"flash": flash, "temporal": temporal, "quantised": quantised}[case.kernel]
     shipped_config = module.config
-    for planned in (flash._plan, temporal._plan):
+    for planned in (flash._plan, temporal._plan, quantised._plan):
         planned.cache_clear()  # which do not tell cards apart
     triton.runtime.driver.set_active(Card(case.capability))
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -199,9 +217,19 @@ def compiled(case: Case) -> Figures:
         mock.patch.object(module, "_forward", Compiling(module._forward)) as kernel,
         mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)),
         mock.patch.object(flash, "_capability", lambda device: case.capability),
+        mock.patch.object(quantised, "_capability", lambda device: case.capability),
         contextlib.redirect_stdout(log),
     ):
-        module.attend(*(tensor(2, n, 8, d) for _ in range(3)), **options)
+        if case.kernel == "quantised":
+            w, blocks = -(-d // 16) * 16, -(-n // operands.KEYS)
+            ints, row = tensor(2, 8, n, w, dtype="int8"), tensor(2, 8, n, dtype="fp32")
+            v, v_scale = tensor(2, n, 8, d), None
+            if case.pv != "16bit":
+                v, v_scale = tensor(2, 8, w, blocks * operands.KEYS, dtype=case.pv), tensor(2, 8, d, dtype="fp32")
+            x = operands.Quantised(ints, row, ints, tensor(2, 8, blocks, 4, dtype="fp32"), v, v_scale, row)
+            quantised.attend_quantised(x, head_dim=d, dtype=dtypes[case.dtype], **options)
+        else:
+            module.attend(*(tensor(2, n, 8, d) for _ in range(3)), **options)
 
     said, ptx = log.getvalue(), kernel.compiled.asm["ptx"]
     instructions = {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma\."}

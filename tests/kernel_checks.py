@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
+import interpreter_rounding  # noqa: F401
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from videoattn.call import Mask
 from videoattn.kernels import reference
@@ -19,20 +17,6 @@ from videoattn.runner import Runner
 from videoattn.testing import Layout, assert_close_to_oracle, make_qkv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _bf16_product(multiply):
-    """The interpreter keeps bf16 as 16-bit integers, and up to Triton 3.7 its `dot` multiplies those integers."""
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    return lambda self, a, b, *args: multiply(self, widened(a), widened(b), *args)
-
-
-InterpreterBuilder.create_dot = _bf16_product(InterpreterBuilder.create_dot)
 
 
 def check(attend, q, k, v, **options):

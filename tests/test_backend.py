@@ -1,5 +1,7 @@
 """Who computes a decision: the best that accepts, the one that is named, or nobody; and what is said about it."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from videoattn.backend import UnsupportedCall, backends, select, validate_backen
 from videoattn.call import Call
 from videoattn.policy import EXACT, Dense
 
-BOUNDED = Dense("int8_qk_fp8_pv")
+BOUNDED, FINER, OTHER = Dense("int8_qk_fp8_pv"), Dense("int8_qk_16bit_pv"), Dense("int8_qk_int8_pv")
 CALL = Call(
     kind="full",
     layout="BNHD",
@@ -25,8 +27,12 @@ CALL = Call(
 
 
 class Stub:
-    def __init__(self, name, *, takes=(EXACT,), reason="not today"):
+    def __init__(self, name, *, takes=(EXACT,), reason="not today", for_=None):
         self.name, self.takes, self.reason = name, takes, reason
+        self.for_ = takes if for_ is None else for_
+
+    def computes(self, decision):
+        return decision in self.for_
 
     def refuses(self, call, decision):
         return None if decision in self.takes else self.reason
@@ -39,15 +45,47 @@ def among(monkeypatch):
 
 def test_of_those_that_accept_the_table_decides(among, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        measured, "choose", lambda call, names: asked.append((call, names)) or (names[-1], "measured 2.00x")
-    )
-    among(Stub("slow"), Stub("fast"), Stub("fastest", takes=()))
+
+    def choose(call, names, bounded=()):
+        asked.append((call, names, bounded))
+        return names[-1], "measured 2.00x"
+
+    monkeypatch.setattr(measured, "choose", choose)
+    among(Stub("slow"), Stub("fast"), Stub("fastest", takes=(), for_=(EXACT,)))
     choice = select(CALL, EXACT)
-    assert asked == [(CALL, ("slow", "fast"))]
+    assert asked == [(CALL, ("slow", "fast"), ())]
     assert (choice.backend.name, choice.decision, choice.why) == ("fast", EXACT, "measured 2.00x")
     assert choice.refusals == (("fastest", "not today"),)
     assert select(CALL, BOUNDED).why == "int8_qk_fp8_pv -> exact: no GPU; measured 2.00x"
+
+
+def test_the_table_chooses_between_what_is_asked_for_and_what_errs_less(among, monkeypatch):
+    asked = []
+
+    def choose(call, names, bounded=()):
+        asked.append((names, bounded))
+        return bounded[taken], "measured 2.00x"
+
+    monkeypatch.setattr(measured, "choose", choose)
+    among(
+        Stub("sdpa"), Stub("eight", takes=(BOUNDED,)), Stub("sixteen", takes=(FINER,)), Stub("coarse", takes=(OTHER,))
+    )
+    taken = 0
+    choice = select(CALL, BOUNDED)
+    assert (choice.backend.name, choice.decision, choice.why) == ("eight", BOUNDED, "measured 2.00x")
+    assert choice.refusals == (("coarse", "not today"),)
+    taken = 1
+    choice = select(CALL, BOUNDED)
+    assert (choice.backend.name, choice.decision) == ("sixteen", FINER)
+    assert choice.why == "int8_qk_fp8_pv -> int8_qk_16bit_pv: not faster; measured 2.00x"
+    assert asked == [(("sdpa",), ("eight", "sixteen"))] * 2
+
+
+def test_where_the_kernels_of_a_decision_refuse_their_reason_is_told(among, monkeypatch):
+    monkeypatch.setattr(measured, "choose", lambda call, names, bounded=(): (names[0], ""))
+    among(Stub("sdpa"), Stub("eight", takes=(), for_=(BOUNDED,), reason="takes no mask"))
+    on_gpu = dataclasses.replace(CALL, device=torch.device("cuda"))
+    assert select(on_gpu, BOUNDED).why == "int8_qk_fp8_pv -> exact: takes no mask"
 
 
 def test_torchs_own_choice_comes_before_the_others_wherever_it_is_listed(among):
@@ -57,18 +95,29 @@ def test_torchs_own_choice_comes_before_the_others_wherever_it_is_listed(among):
     assert select(CALL, EXACT).backend.name == "first"
 
 
-def test_a_decision_that_somebody_computes_is_kept(among):
+def test_what_was_not_measured_stays_exact(among):
     among(Stub("sdpa"), Stub("quantised", takes=(BOUNDED,)))
     choice = select(CALL, BOUNDED)
-    assert (choice.backend.name, choice.decision, choice.why) == ("quantised", BOUNDED, "")
+    assert (choice.backend.name, choice.decision) == ("sdpa", EXACT)
+    assert choice.why == "int8_qk_fp8_pv -> exact: not faster"
+
+
+def test_a_named_backend_is_for_the_decisions_that_it_computes(among):
+    among(Stub("sdpa"), Stub("quantised", takes=(BOUNDED,)))
+    choice = select(CALL, BOUNDED, "quantised")
+    assert (choice.backend.name, choice.decision, choice.why) == ("quantised", BOUNDED, "named by the caller")
+    exact = select(CALL, EXACT, "quantised")
+    assert (exact.backend.name, exact.decision, exact.why) == ("sdpa", EXACT, "")
+    with pytest.raises(UnsupportedCall, match="'quantised' refuses .*: not today"):
+        select(CALL, FINER, "quantised")
 
 
 def test_a_decision_that_nobody_computes_falls_back_to_exact_and_says_so(among):
-    among(Stub("plain", reason="exact only"))
+    among(Stub("plain"), Stub("other", takes=(), for_=(BOUNDED,), reason="needs a newer card"))
     choice = select(CALL, BOUNDED)
     assert (choice.backend.name, choice.decision) == ("plain", EXACT)
     assert choice.why == "int8_qk_fp8_pv -> exact: no GPU"
-    assert choice.refusals == (("plain", "exact only"),)
+    assert choice.refusals == (("other", "needs a newer card"),)
 
 
 def test_a_named_backend_is_obeyed(among):
@@ -78,7 +127,7 @@ def test_a_named_backend_is_obeyed(among):
 
 
 def test_a_named_backend_never_gives_way_to_another(among):
-    among(Stub("best"), Stub("named", takes=(), reason="head_dim 64 is odd"))
+    among(Stub("best"), Stub("named", takes=(), for_=(EXACT,), reason="head_dim 64 is odd"))
     message = (
         "backend 'named' refuses full attention, batch 2, q_len 64, kv_len 32, heads 4, head_dim 64, bfloat16, "
         "mask none, on cpu: head_dim 64 is odd"
@@ -93,7 +142,7 @@ def test_a_named_exact_backend_computes_what_it_can_and_says_so(among):
     among(Stub("quantised", takes=(BOUNDED,)), Stub("named"))
     choice = select(CALL, BOUNDED, "named")
     assert (choice.backend.name, choice.decision) == ("named", EXACT)
-    assert choice.why == "int8_qk_fp8_pv -> exact: no GPU; named by the caller"
+    assert choice.why == "int8_qk_fp8_pv -> exact; named by the caller"
 
 
 def test_where_nobody_computes_every_reason_is_given(among):

@@ -83,7 +83,9 @@ def test_every_backend_is_measured_and_checked_on_every_kind_of_mask(change):
 
 def test_a_wrong_kernel_fails_the_run(monkeypatch):
     problem = attention.Problem(tiny(), torch.device("cpu"))
-    monkeypatch.setattr(attention.Problem, "planned", lambda self, backend: lambda q, k, v, mask, kv_len: 1.02 * v)
+    monkeypatch.setattr(
+        attention.Problem, "planned", lambda self, backend, decision: lambda q, k, v, mask, kv_len: 1.02 * v
+    )
     with pytest.raises(timing.WrongOutput):
         attention.measure(problem, 0.02, attention.accepting(problem.call()))
 

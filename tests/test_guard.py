@@ -31,8 +31,11 @@ class Planted:
         self.spoil = False  # an element of every output
         self.planned, self.calls = [], 0
 
+    def computes(self, decision):
+        return decision == EXACT
+
     def refuses(self, call, decision):
-        return None if decision == EXACT else "exact only"
+        return None
 
     def plan(self, call, decision, flag=None):
         self.planned.append(call)
@@ -62,7 +65,7 @@ def plant(monkeypatch):
     def plant(*planted):
         monkeypatch.setattr(backend_module, "backends", lambda: (*planted, *BACKENDS))
         monkeypatch.setattr("videoattn.session.backends", lambda: (*planted, *BACKENDS))
-        monkeypatch.setattr(measured, "choose", lambda call, names: (names[0], ""))
+        monkeypatch.setattr(measured, "choose", lambda call, names, bounded=(): (names[0], ""))
         monkeypatch.setattr(verify, "_found", {})
         return planted[0]
 

@@ -10,7 +10,7 @@ import torch
 import videoattn
 from videoattn import backend, measured
 from videoattn.call import Call
-from videoattn.measured import BORROWED_GAIN, FARTHEST, GAIN, TORCH, Card, Evidence, Row, Source, Table
+from videoattn.measured import BORROWED_GAIN, BOUNDED_GAIN, FARTHEST, GAIN, TORCH, Card, Evidence, Row, Source, Table
 
 CALL = Call(
     kind="temporal",
@@ -70,6 +70,29 @@ def test_one_that_does_not_take_the_call_cannot_win():
 @pytest.mark.parametrize(("gain", "winner"), [(0.7, TORCH), (1.0, TORCH), (GAIN - 1e-3, TORCH), (GAIN + 1e-3, "own")])
 def test_within_noise_torch_chooses(gain, winner):
     assert chosen(row(own=1 / gain))[0] == winner
+
+
+@pytest.mark.parametrize(
+    ("quantised", "winner"),
+    [(0.8, "own"), (2 * BOUNDED_GAIN - 1e-3, "own"), (2 * BOUNDED_GAIN + 1e-3, "quantised"), (3.0, "quantised")],
+)
+def test_quantised_attention_must_gain_on_the_best_exact_one(quantised, winner):
+    evidence = Evidence(sources=(source(row(own=0.5, quantised=1 / quantised)),))
+    name, why = evidence.choose(CALL, NAMES, ("quantised",))
+    gain = quantised if winner == "quantised" else 2.0
+    assert (name, why) == (winner, f"measured {gain:.2f}x of torch's choice")
+    assert evidence.choose(CALL, NAMES)[0] == "own"  # nobody asked for it
+
+
+def test_quantised_attention_that_was_not_measured_is_not_taken():
+    assert Evidence(sources=(source(row(own=0.5)),)).choose(CALL, NAMES, ("quantised",))[0] == "own"
+    assert Evidence(sources=()).choose(CALL, NAMES, ("quantised",))[0] == TORCH
+
+
+def test_times_of_another_architecture_must_speak_louder_for_quantised_attention_too():
+    near, far = (Evidence(sources=(source(row(quantised=1 / gain), borrowed="sm_90"),)) for gain in (1.4, 1.6))
+    assert near.choose(CALL, NAMES, ("quantised",))[0] == TORCH
+    assert far.choose(CALL, NAMES, ("quantised",))[0] == "quantised"
 
 
 @pytest.mark.parametrize(("gain", "winner"), [(BORROWED_GAIN - 0.01, TORCH), (BORROWED_GAIN + 0.01, "own")])
@@ -293,9 +316,9 @@ def test_the_report_says_why_and_what_was_passed_over(here):
     shapes = []
     seen = measured.choose
 
-    def spy(call, names):
+    def spy(call, names, bounded=()):
         shapes.append(call)
-        return seen(call, names)
+        return seen(call, names, bounded)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "choose", spy)

@@ -1,12 +1,13 @@
 """A policy is a pure function of site and step, and says no to what it does not know."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
 from videoattn import Dense, Policy, Sparse
 from videoattn.call import KINDS, Call, Grid, Site, Step
-from videoattn.policy import EXACT, PRESETS
+from videoattn.policy import EXACT, FINER, PRESETS, Precision, Tuned, acceptable
 
 
 def site(kind="full", name="blocks.3.attn1"):
@@ -31,6 +32,65 @@ def test_named_layers_stay_exact():
     policy = Policy(decision=Sparse(), exact_layers=("blocks.0.*", "*.attn2"))
     names = ["blocks.0.attn1", "blocks.10.attn1", "blocks.3.attn2", "xblocks.0.attn1"]
     assert [policy(site(name=name), Step()) == EXACT for name in names] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_only_what_errs_less_stands_in(precision):
+    order = {each: len(FINER[each]) for each in get_args(Precision)}
+    asked, *others = acceptable(Dense(precision))
+    assert asked == Dense(precision)
+    assert [order[other.precision] for other in others] == sorted(
+        (order[each] for each in FINER[precision]), reverse=True
+    )
+    assert precision == "exact" or others[-1] == EXACT
+    assert acceptable(Sparse("pooled", precision)) == (Sparse("pooled", precision), EXACT)
+
+
+TUNED = Tuned(
+    sites=(
+        ("blocks.0.attn1", ("exact", "int8_qk_16bit_pv", "int8_qk_fp8_pv")),
+        ("blocks.1.attn1", ("int8_qk_fp8_pv", "int8_qk_fp8_pv", "int8_qk_16bit_pv")),
+    )
+)
+
+
+def test_a_tuned_policy_goes_by_site_and_by_part_of_the_schedule():
+    policy = Policy(tuned=TUNED)
+    steps = [Step(index=index, total=7) for index in range(7)]
+    assert [policy.phase(step) for step in steps] == [0, 0, 0, 1, 1, 2, 2]
+    decided = {name: [str(policy(site(name=f"blocks.{name}.attn1"), step)) for step in steps] for name in range(3)}
+    fp8, finer = "int8_qk_fp8_pv", "int8_qk_16bit_pv"
+    assert decided == {
+        0: ["exact"] * 3 + [finer] * 2 + [fp8] * 2,
+        1: [fp8] * 5 + [finer] * 2,
+        2: ["exact"] * 7,
+    }
+    assert policy(site("cross", "blocks.1.attn1"), steps[0]) == EXACT
+
+
+def test_where_the_step_is_not_known_the_least_error_counts():
+    policy = Policy(tuned=TUNED)
+    assert policy.phase(Step()) is None
+    assert policy(site(name="blocks.0.attn1"), Step()) == EXACT
+    assert policy(site(name="blocks.1.attn1"), Step()) == Dense("int8_qk_16bit_pv")
+
+
+def test_a_tuned_policy_is_read_from_a_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    lines = [f'"{name}" = {list(precisions)}' for name, precisions in TUNED.sites]
+    file.write_text("\n".join(["[sites]", *lines]))
+    assert Policy.load(file) == Policy(name="mine", tuned=TUNED)
+    for wrong in (
+        "[sites]",
+        "[layers]",
+        '[sites]\n"a" = ["int3"]',
+        '[sites]\n"a" = ["exact"]\n"b" = []',
+        "sites = 3",
+        "[",
+    ):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match="mine.toml: wanted a policy of videoattn tune, got "):
+            Policy.load(file)
 
 
 def test_a_policy_is_taken_as_it_is():
@@ -62,9 +122,14 @@ def test_decisions_read_as_reports_show_them():
         (lambda: Policy(kinds=("full", "all")), ValueError, "Policy.kinds: wanted one of spatial, .*, got 'all'"),
         (lambda: Policy(kinds="full"), TypeError, "wanted a tuple of str, got a str"),
         (lambda: Policy(exact_layers="blocks.*"), TypeError, "wanted a tuple of str, got a str"),
+        (lambda: Policy(tuned={}), TypeError, "Policy.tuned: wanted a Tuned, got dict"),
         (lambda: Policy("exact"), TypeError, "positional"),
         (lambda: Policy(decisions=EXACT), TypeError, "decisions"),
-        (lambda: Dense("int4"), ValueError, "precision: wanted one of exact, int8_qk_fp8_pv, got 'int4'"),
+        (
+            lambda: Dense("int4"),
+            ValueError,
+            "precision: wanted one of exact, int8_qk_fp8_pv, int8_qk_16bit_pv, int8_qk_int8_pv, got 'int4'",
+        ),
         (lambda: Sparse("random"), ValueError, "selector: wanted one of pooled, got 'random'"),
         (lambda: Sparse("pooled", "int4"), ValueError, "precision: wanted one of"),
     ],

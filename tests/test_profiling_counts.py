@@ -200,12 +200,12 @@ def test_a_kernel_of_ours_counts_once_by_its_shapes(own_kernel):
     assert_counted_once(counted_at_site(through_runner()))
 
 
-def forgets_that_the_kernel_is_ours(counts, plan, q, k, v):
-    counts._close(counts._open(q, k, v, plan.call.layout))
+def forgets_that_the_kernel_is_ours(counts, plan):
+    counts._close(counts._planned(plan.call))
 
 
-def adds_its_work_twice(counts, plan, q, k, v):
-    begin(counts, plan, q, k, v)
+def adds_its_work_twice(counts, plan):
+    begin(counts, plan)
     counts._add("full", CALL_FLOPS, 0, CALL_BYTES)
 
 

@@ -65,6 +65,20 @@ def test_self_time_is_counted_once():
     assert recorded.spent[LINEAR.stage, LINEAR.module, "linear"].calls == 1
 
 
+def test_a_pass_of_ours_before_attention_is_no_attention():
+    recorded = read(
+        scope(ATTN, 0, 100),
+        host(trace.ATTEND + "triton_hopper", 10, 90, category="user_annotation"),
+        launch(20, 1),
+        launch(30, 2),
+        kernel("_prepare", 40, 70, 1),
+        kernel("forward", 70, 170, 2),
+        device=True,
+    )
+    assert times(recorded) == {(ATTN.module, "prologue"): 30}
+    assert calls(recorded) == [(ATTN.module, 100)]
+
+
 def test_a_norm_written_out_in_small_operators():
     recorded = read(scope(NORM, 0, 90), host("aten::pow", 0, 30), host("aten::to", 30, 50), host("aten::mul", 50, 60))
     assert times(recorded)[NORM.module, "normalisation"] == 60

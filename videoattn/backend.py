@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,13 +17,22 @@ from torch import Tensor
 
 from videoattn import measured
 from videoattn.call import Call
-from videoattn.policy import EXACT, Decision
+from videoattn.policy import EXACT, Decision, acceptable
+from videoattn.prologue import Prologue, Stream
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, kv_len, scale) -> out; q, k, v, out in the call's layout, out contiguous as [B, N, H, D]."""
 
+RunStreams = Callable[[Sequence[Stream], Tensor | None], Tensor]
+"""(streams, kv_len) -> out [B, Nq, H, D], contiguous; empties the streams."""
+
 MODULES = ("videoattn.kernels.sdpa",)
-TRITON_MODULES = ("videoattn.kernels.temporal", "videoattn.kernels.flash", "videoattn.kernels.flash_hopper")
+TRITON_MODULES = (
+    "videoattn.kernels.temporal",
+    "videoattn.kernels.flash",
+    "videoattn.kernels.flash_hopper",
+    "videoattn.kernels.quantised",
+)
 """Imported where Triton is installed, which has no build for macOS."""
 
 
@@ -31,6 +40,9 @@ class Backend(Protocol):
     name: str
     own: bool
     """Whether the kernel is this project's: then it is checked before its first call and watched while it runs."""
+
+    def computes(self, decision: Decision) -> bool:
+        """Whether the kernel is for this decision at all."""
 
     def refuses(self, call: Call, decision: Decision) -> str | None:
         """None where the backend can compute the decision for this call, else the reason in a few words."""
@@ -41,6 +53,13 @@ class Backend(Protocol):
         flag: int32 [1] in memory that the host and the call's device share (`videoattn.guard.flag`). A kernel that is our
             own stores 1 there when an output is not finite, and nothing else; others ignore it. None: nobody looks.
         """
+
+
+class StreamsBackend(Backend, Protocol):
+    """A backend with a pass of its own between raw projections and its kernel."""
+
+    def plan_streams(self, call: Call, decision: Decision, prologue: Prologue, flag: Tensor | None) -> RunStreams:
+        """As `plan`, for streams that make such a call and that `kernels/prepare.py` does not refuse."""
 
 
 class UnsupportedCall(ValueError):
@@ -70,40 +89,59 @@ def validate_backend(name: str) -> None:
         raise ValueError(f"backend: wanted one of {', '.join(names)}, got {name!r}")
 
 
+def stand_in(backend: Backend, decision: Decision) -> Decision:
+    """What a backend has for a decision: that itself, or the next that errs less; the decision where it has neither."""
+    return next((allowed for allowed in acceptable(decision) if backend.computes(allowed)), decision)
+
+
 def select(
     call: Call, decision: Decision, name: str = "auto", failed: Callable[[Backend], str | None] = lambda backend: None
 ) -> Choice:
     """The backend for a call.
 
-    A named backend is obeyed or refuses with UnsupportedCall. With "auto" `measured.choose` decides among those that
-    accept; a decision that nobody here can compute falls back to exact, never to a lossier one, and `why` says so.
+    A named backend is obeyed or refuses with UnsupportedCall. It is for the decisions that it computes: where a policy
+    leaves calls exact, one that quantises does not come in, and they are chosen for as with "auto".
+
+    With "auto" `measured.choose` decides among those that accept: kernels of the decision, and of what is more exact where
+    that is as fast. A decision that nobody here can compute falls back so too, never to one that errs more; `why` says so.
     `failed` says why a backend that accepts is not to be used all the same, None where it is.
     """
+    known = backends()
+    named = next((backend for backend in known if backend.name == name), None)
+    if named is not None and decision == EXACT and not named.computes(EXACT):
+        name, named = "auto", None
     refusals: list[tuple[str, str]] = []
-    accepted: dict[str, Backend] = {}
-    for backend in backends():
-        reason = failed(backend) or backend.refuses(call, decision)
+    accepted: dict[str, tuple[Backend, Decision]] = {}
+    for backend in known:
+        computed = stand_in(backend, decision)
+        reason = failed(backend) or backend.refuses(call, computed)
         if reason is None:
-            accepted[backend.name] = backend
+            accepted[backend.name] = backend, computed
         else:
             refusals.append((backend.name, reason))
 
-    if name in accepted:
-        return Choice(backend=accepted[name], decision=decision, why="named by the caller", refusals=tuple(refusals))
-    if name == "auto" and accepted:
-        best, why = measured.choose(call, tuple(accepted))
-        return Choice(backend=accepted[best], decision=decision, why=why, refusals=tuple(refusals))
-    if name != "auto" and decision == EXACT:
+    if named is not None and name not in accepted:
         raise UnsupportedCall(f"backend {name!r} refuses {call}: {dict(refusals)[name]}")
-    if decision == EXACT:
+    if not accepted:
         listed = "; ".join(f"{backend}: {reason}" for backend, reason in refusals)
         raise UnsupportedCall(f"no backend computes {call}: {listed}")
-
-    reason = "no GPU" if call.device.type == "cpu" else f"no kernel for it on {call.device.type}"
-    choice = select(call, EXACT, name, failed)
-    return Choice(
-        backend=choice.backend,
-        decision=EXACT,
-        why="; ".join(part for part in (f"{decision} -> exact: {reason}", choice.why) if part),
-        refusals=(*refusals, *choice.refusals),
-    )
+    if named is not None:
+        best, why = name, "named by the caller"
+    else:
+        exact = tuple(each for each, (_, computed) in accepted.items() if computed == EXACT)
+        others = tuple(each for each in accepted if each not in exact)
+        best, why = measured.choose(call, exact, others)
+    backend, computed = accepted[best]
+    if computed != decision:
+        wanted = {each.name for each in known if each.computes(decision)}
+        reasons = dict.fromkeys(reason for each, reason in refusals if each in wanted)
+        if named is not None:
+            reason = ""
+        elif any(accepted[each][1] == decision for each in accepted):
+            reason = "not faster"
+        elif call.device.type == "cpu":
+            reason = "no GPU"
+        else:
+            reason = ", ".join(reasons) or f"no kernel for it on {call.device.type}"
+        why = "; ".join(part for part in (f"{decision} -> {computed}" + (reason and f": {reason}"), why) if part)
+    return Choice(backend=backend, decision=computed, why=why, refusals=tuple(refusals))

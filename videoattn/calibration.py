@@ -1,4 +1,6 @@
-"""`videoattn calibrate`: time every exact backend on the attention calls of real models, into a table of measured.py.
+"""`videoattn calibrate`: time every backend on the attention calls of real models, into a table of measured.py.
+
+Kernels that quantise are timed where a policy may choose them: self-attention of some length, quantisation included.
 
 The calls are the rows of benchmarks/shapes.toml, timed and checked by benchmarks/attention.py.
 """
@@ -16,13 +18,15 @@ from rich.progress import track
 from rich.table import Table as Printed
 
 from videoattn import measured
-from videoattn.benchmarks import attention, results
+from videoattn.benchmarks import attention, results, timing
 from videoattn.benchmarks.find_shapes import Shape
 from videoattn.call import Call
 from videoattn.measured import Evidence, Row, Source, Table
+from videoattn.policy import Policy
 
 LEFT_OUT = "sdpa_math"  # its scores stand in memory: no gain in time is worth that, so it has none in a table
 ENOUGH = 1.0  # seconds that time a call well; what is left over is for giants, which take longer than their share
+QUANTISED_FROM = 1024  # tokens, below which quantising alone takes longer than attention
 OVERHEAD = 1.6  # of a row over its timing: inputs, checks, compilation, warm-up
 
 
@@ -113,9 +117,19 @@ def _measure(
         elif isinstance(compared, Exception):
             faults.append(f"{case} {shape.name}: {compared}")
         else:
+            for backend, decision in attention.quantising(call) if _may_be_quantised(call) else ():
+                quantised = attention.attempt(problem, share / 2, [backend], decision)
+                if isinstance(quantised, timing.WrongOutput):
+                    faults.append(f"{case} {shape.name}, {backend.name}: {quantised}")
+                elif not isinstance(quantised, torch.OutOfMemoryError):
+                    compared |= quantised
             timings = {name: attention.row(case, shape, name, result) for name, result in compared.items()}
             lines.append(Line(case, call, _row(shape, timings)))
     return lines, faults, notes
+
+
+def _may_be_quantised(call: Call) -> bool:
+    return call.kind in Policy().kinds and min(call.q_len, call.kv_len) >= QUANTISED_FROM
 
 
 def _row(shape: Shape, timings: Mapping[str, Mapping[str, object]]) -> Row:

@@ -31,6 +31,9 @@ BENCHMARKS = {
     "dispatch": "what exact attention chooses there, against torch's choice",
     "forward": "whole denoisers at real sizes",
     "host_time": "host time that a call costs more",
+    "prologue": "norm, rotation and quantisation in one pass before attention, against diffusers' own operations",
+    "quality_tiny": "what quantised attention costs on the trained model",
+    "quantised": "quantised attention against cuDNN and SageAttention 1, and its errors",
     "io_bytes": "HBM bytes of our kernels: the profiler's I/O model against ncu's counters",
     "profile_truth": "the profiler's shares and FLOPs against costs that are known",
     "profiles": "where the time of the video models goes, a profile of each",
@@ -134,6 +137,19 @@ def _parser() -> Parser:
     command.add_argument("--out", type=Path, help="another file than the one in the cache folder, which takes effect")
     command.add_argument("--from-csv", type=Path, help="measure nothing: make OUT of an attention.csv")
     command.set_defaults(run=_calibrate)
+
+    command = commands.add_parser(
+        "tune", help="which layers of a model can be quantised, for which error, into a policy"
+    )
+    command.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a name in benchmarks/models.toml")
+    generation.add_arguments(command, out="outputs/tuned.toml", preset=None)
+    command.add_argument("--prompts", nargs="+", metavar="PROMPT", help="several, or a file with one a line")
+    command.add_argument(
+        "--target", default="cosine=0.998", help="cosine=, rel_l1= or rel_l2= of each attention call (%(default)s)"
+    )
+    command.add_argument("--ranges", type=int, default=3, help="parts of the schedule told apart (%(default)s)")
+    command.add_argument("--samples", type=int, default=2, help="steps of each part looked at (%(default)s)")
+    command.set_defaults(run=_tune)
 
     command = commands.add_parser("bench", help="run a benchmark; its own flags follow its name")
     command.add_argument(
@@ -278,6 +294,38 @@ def _calibrate(args: argparse.Namespace) -> int:
     if args.out is None:
         raise ValueError(f"--from-csv {args.from_csv}: wanted --out, got none")
     return calibration.from_results(args.from_csv, args.out, args.typed)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from rich.progress import Progress
+
+    from videoattn import tuning
+
+    if args.out.suffix != ".toml":
+        raise ValueError(f"--out: wanted a file that ends in .toml, got {args.out}")
+    target = tuning.Target.parse(args.target)
+    prompts = [args.prompt] if args.prompts is None else args.prompts
+    if len(prompts) == 1 and prompts[0] is not None and Path(prompts[0]).is_file():
+        prompts = [line for line in Path(prompts[0]).read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = generation.Settings.of(args)
+    pipe, settings = _loaded(args.model, settings)
+    every = [dataclasses.replace(settings, prompt=prompt) for prompt in prompts]
+    for each in every:
+        generation.call_arguments(pipe, each)  # raises before the first of them runs
+    with Progress() as progress:
+        task = progress.add_task("tuning", total=len(every))
+        made = tuning.tune(
+            pipe,
+            (lambda each=each: generation.generate(pipe, each) for each in every),
+            target=target,
+            ranges=args.ranges,
+            samples=args.samples,
+            progress=lambda: progress.advance(task),
+        )
+    tuning.write(made, args.out)
+    print(made)
+    print(f"{args.out}: enable_fast_attention(pipe, Policy.load({str(args.out)!r}))")
+    return OK
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import argparse
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from PIL.Image import Image, fromarray
 
 from videoattn.pipelines.registry import adapter_for
-from videoattn.policy import PRESETS
+from videoattn.policy import PRESETS, Policy
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,8 +72,11 @@ class Generation:
     """What `peak_gib` counts."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, out: str, preset: str = "balanced") -> None:
-    """The flags that every command has; `out` and `preset` are defaults, and with `preset` "none" that is a choice too."""
+def add_arguments(parser: argparse.ArgumentParser, *, out: str, preset: str | None = "balanced") -> None:
+    """The flags that every command has; `out` and `preset` are defaults.
+
+    With `preset` "none" that is a choice too, with None there is nothing to choose.
+    """
     parser.add_argument("--prompt", help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it shall not show")
     parser.add_argument("--image", metavar="PATH", help="first frame, for image-to-video pipelines")
@@ -83,9 +86,29 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: str, preset: str = "b
     parser.add_argument("--height", type=int, help="in pixels (default: the pipeline's)")
     parser.add_argument("--width", type=int, help="in pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, help="of the video (default: the pipeline's)")
-    choices = (UNTOUCHED, *PRESETS) if preset == UNTOUCHED else tuple(PRESETS)
-    parser.add_argument("--preset", choices=choices, default=preset, help="(default: %(default)s)")
+    if preset is not None:
+        names = (UNTOUCHED, *PRESETS) if preset == UNTOUCHED else tuple(PRESETS)
+        parser.add_argument(
+            "--preset",
+            type=_preset_among(names),
+            default=preset,
+            help=f"{', '.join(names)}, or a file that videoattn tune wrote (default: %(default)s)",
+        )
     parser.add_argument("--out", type=Path, default=Path(out), help="(default: %(default)s)")
+
+
+def _preset_among(names: Sequence[str]) -> Callable[[str], str | Policy]:
+    def preset(given: str) -> str | Policy:
+        if given in names:
+            return given
+        if given.endswith(".toml"):
+            try:
+                return Policy.load(given)
+            except (ValueError, OSError) as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(names)}, or a .toml file, got {given!r}")
+
+    return preset
 
 
 def load(folder_or_id: str | Path) -> DiffusionPipeline:

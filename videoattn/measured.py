@@ -27,6 +27,7 @@ from videoattn.call import Call, Mask
 TORCH = "sdpa"  # the backend that is torch's own choice, as diffusers makes it
 GAIN = 1.02  # what a backend must have gained over it to be taken: two runs of one kernel differ by less
 BORROWED_GAIN = 1.5  # the same, where the times are those of another architecture
+BOUNDED_GAIN = 1.05  # what quantised attention must gain over the best exact one: it costs quality too
 TABLES = Path(__file__).parent / "tables"
 
 # Octaves between two calls: how much a factor of two in each size counts. With these, each row of sm_90.json looked up
@@ -150,14 +151,18 @@ class Source:
     path: Path
     borrowed: str = ""
 
-    def choose(self, call: Call, names: Sequence[str], default: str) -> tuple[str, str] | None:
-        """The one of `names` to take for a call, and why; None where nothing near it was measured."""
+    def choose(self, call: Call, names: Sequence[str], bounded: Sequence[str], default: str) -> tuple[str, str] | None:
+        """The one of `names` or of `bounded` to take for a call, and why; None where nothing near it was measured."""
         gains = self.table.gains(call, default)
         if not gains:
             return None
         best = max((name for name in names if name in gains), key=gains.__getitem__)
         if gains[best] < (BORROWED_GAIN if self.borrowed else GAIN):
             best = default
+        margin = BORROWED_GAIN if self.borrowed else BOUNDED_GAIN
+        quantised = max((name for name in bounded if name in gains), key=gains.__getitem__, default=None)
+        if quantised is not None and gains[quantised] >= margin * gains[best]:
+            best = quantised
         what = "none is faster" if best == default else f"{gains[best]:.2f}x of {_label(default)}"
         if not self.borrowed:
             return best, f"measured {what}"
@@ -172,11 +177,14 @@ class Evidence:
     sources: tuple[Source, ...]
     note: str = ""
 
-    def choose(self, call: Call, names: Sequence[str]) -> tuple[str, str]:
-        """The one of `names` to take for a call, and why. What was not measured stays with torch's own choice."""
+    def choose(self, call: Call, names: Sequence[str], bounded: Sequence[str] = ()) -> tuple[str, str]:
+        """The one to take for a call, and why. What was not measured stays with torch's own choice.
+
+        names: of exact backends, bounded: of those that quantise, which must gain more to be taken.
+        """
         default = _default(names)
         for source in self.sources:
-            choice = source.choose(call, names, default)
+            choice = source.choose(call, names, bounded, default)
             if choice is not None:
                 return choice
         return default, f"not measured: {_label(default)}"
@@ -196,10 +204,13 @@ def card(device: torch.device) -> Card | None:
     return Card(gpu=torch.cuda.get_device_name(device), architecture=f"sm_{major}{minor}")
 
 
-def choose(call: Call, names: Sequence[str]) -> tuple[str, str]:
-    """The one of `names` to take for a call, by what was measured, and why in a few words."""
+def choose(call: Call, names: Sequence[str], bounded: Sequence[str] = ()) -> tuple[str, str]:
+    """The backend to take for a call, by what was measured, and why in a few words.
+
+    names: of exact backends, at least one; bounded: of those that quantise.
+    """
     found = card(call.device)
-    return (_default(names), "") if found is None else evidence(found).choose(call, names)
+    return (_default(names), "") if found is None else evidence(found).choose(call, names, bounded)
 
 
 def note(device: torch.device) -> str:

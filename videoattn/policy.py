@@ -11,11 +11,27 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal, get_args
 
 from videoattn.call import KINDS, Kind, Site, Step
 
-Precision = Literal["exact", "int8_qk_fp8_pv"]
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+Precision = Literal["exact", "int8_qk_fp8_pv", "int8_qk_16bit_pv", "int8_qk_int8_pv"]
+"""Of the two matrix products. q k^T in INT8 has smoothed keys; p v runs in FP8 (e4m3), in the inputs' 16 bits, or in INT8."""
+
+FINER: dict[Precision, tuple[Precision, ...]] = {
+    "exact": (),
+    "int8_qk_16bit_pv": ("exact",),
+    "int8_qk_fp8_pv": ("int8_qk_16bit_pv", "exact"),
+    "int8_qk_int8_pv": ("int8_qk_16bit_pv", "exact"),
+}
+"""What may stand in for a precision, because its error is smaller."""
+
 Selector = Literal["pooled"]
 
 
@@ -56,6 +72,48 @@ Decision = Dense | Sparse
 EXACT = Dense()
 
 
+def acceptable(decision: Decision) -> tuple[Decision, ...]:
+    """The decision, then those that may stand in for it: nothing that errs more."""
+    if isinstance(decision, Sparse):
+        return decision, EXACT
+    return decision, *map(Dense, FINER[decision.precision])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """The precision of each site in each part of the schedule.
+
+    Args:
+        sites: (name, precisions), one precision for each of equally many steps, the first steps first; as many for all.
+    """
+
+    sites: tuple[tuple[str, tuple[Precision, ...]], ...]
+
+    def __post_init__(self) -> None:
+        counts = {len(precisions) for _, precisions in self.sites}
+        if len(counts) != 1 or 0 in counts:
+            raise ValueError(f"Tuned.sites: wanted as many precisions for each, one at least, got {sorted(counts)}")
+        for _, precisions in self.sites:
+            for precision in precisions:
+                _one_of("precision", precision, get_args(Precision))
+
+    @property
+    def ranges(self) -> int:
+        return len(self.sites[0][1])
+
+    def range_of(self, step: Step) -> int | None:
+        """Which part of the schedule a step is in; None where its length is not known."""
+        return min(step.index * self.ranges // step.total, self.ranges - 1) if step.total else None
+
+    def precision(self, name: str, step: Step) -> Precision | None:
+        """The precision of a site; where the step is not known, that which errs least of all. None for other sites."""
+        precisions = dict(self.sites).get(name)
+        if precisions is None:
+            return None
+        part = self.range_of(step)
+        return min(precisions, key=lambda each: len(FINER[each])) if part is None else precisions[part]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """A pure function from (site, step) to a decision.
@@ -65,12 +123,14 @@ class Policy:
         decision: for the self-attention of `kinds`; everything else is exact.
         kinds: the kinds of attention that `decision` is for.
         exact_layers: patterns (fnmatch) of site names that stay exact, e.g. ``("blocks.0.*",)``.
+        tuned: what was measured of a model, in place of `decision` at the sites that it names (`videoattn tune`).
     """
 
     name: str = "custom"
     decision: Decision = EXACT
     kinds: tuple[Kind, ...] = ("full", "joint", "spatial")
     exact_layers: tuple[str, ...] = ()
+    tuned: Tuned | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.decision, Dense | Sparse):
@@ -79,15 +139,34 @@ class Policy:
             raise TypeError("Policy.kinds and Policy.exact_layers: wanted a tuple of str, got a str")
         for kind in self.kinds:
             _one_of("Policy.kinds", kind, KINDS)
+        if self.tuned is not None and not isinstance(self.tuned, Tuned):
+            raise TypeError(f"Policy.tuned: wanted a Tuned, got {type(self.tuned).__name__}")
 
     def __call__(self, site: Site, step: Step) -> Decision:
         if site.kind not in self.kinds or any(fnmatchcase(site.name, pattern) for pattern in self.exact_layers):
             return EXACT
-        return self.decision
+        precision = None if self.tuned is None else self.tuned.precision(site.name, step)
+        return self.decision if precision is None else Dense(precision)
 
     def phase(self, step: Step) -> Hashable:
         """Equal for steps at which every site decides alike, so that decisions are made once a phase."""
-        return None
+        return None if self.tuned is None else self.tuned.range_of(step)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Policy:
+        """The policy that `videoattn tune` wrote; sites that it does not know stay exact.
+
+        Raises:
+            ValueError: the file is no such policy.
+        """
+        path = Path(path)
+        try:
+            tuned = Tuned(
+                sites=tuple((site, tuple(of)) for site, of in tomllib.loads(path.read_text())["sites"].items())
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: wanted a policy of videoattn tune, got {error}") from error
+        return cls(name=path.stem, tuned=tuned)
 
     @classmethod
     def of(cls, policy: Policy | str) -> Policy:

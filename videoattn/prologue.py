@@ -46,11 +46,15 @@ class Prologue:
         norm: whether norm_q and norm_k see all heads at once [B, N, H*D] or one head at a time [B, N, H, D].
         rotate: (x, rope) -> x turned; sees what `rope` names: [B, N, H*D] or [B, N, H, D].
         rope: as `norm`, for the rotation.
+        pairs: that `rotate` turns neighbouring elements (2i, 2i+1), for kernels that do so themselves: by tables that hold
+            each value once ("halves", as `rotate_pairs` takes them) or twice side by side ("repeated": [N, D], or
+            [B, N, H*D] across heads; multiplied in fp32). None: nothing is known of it.
     """
 
     norm: Literal["across_heads", "per_head"]
     rope: Literal["across_heads", "per_head"] = "per_head"
     rotate: Callable[[Tensor, Rope], Tensor] | None = None
+    pairs: Literal["halves", "repeated"] | None = None
 
     def __call__(self, heads: int, *streams: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, N, H, D] of the streams one after another along N."""

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from videoattn import measured
+from videoattn.policy import Policy
 from videoattn.session import Patch, Session
+
+QUANTISED_KINDS = Policy().kinds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +20,9 @@ class SiteRow:
         name, kind: the site.
         adapter: "wan", ... where the family's own processor stands in, "generic", or "untouched".
         decision: what the policy asked for; what is computed if it differs follows in `why`.
-        backend: who computes, "" before the first call or where the host's own path runs.
+        computed: what is computed, "" before the first call or where the host's own path runs.
+        backend: who computes it.
+        fused: whether norm and rotation of q and k run in one pass of ours.
         why: the reason of a fallback or a refusal, "" where there is none.
         shape: (batch, q_len, kv_len, heads, head_dim), None before the first call.
         calls: calls of this kind, head shape and shape so far, over all sites that share them.
@@ -27,7 +32,9 @@ class SiteRow:
     kind: str
     adapter: str
     decision: str
+    computed: str = ""
     backend: str = ""
+    fused: bool = False
     why: str = ""
     shape: tuple[int, int, int, int, int] | None = None
     calls: int = 0
@@ -55,6 +62,19 @@ class Report:
     denoiser_calls: int
     planning_seconds: float
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """What is computed -> its share of the self-attention calls that a policy may quantise, the greatest first."""
+        calls: dict[tuple, int] = {}
+        for row in self.sites:
+            if row.kind in QUANTISED_KINDS and row.computed:
+                calls[row.kind, row.decision, row.computed, row.backend, row.fused, row.shape] = row.calls
+        total = sum(calls.values())
+        shares: dict[str, float] = {}
+        for (_, _, computed, *_), count in calls.items():
+            shares[computed] = shares.get(computed, 0.0) + count / max(total, 1)
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
@@ -62,12 +82,17 @@ class Report:
         table = Table(title=self.title, title_justify="left")
         for column in ("attention", "sites", "adapter", "decision", "backend", "B x Nq x Nk x H x D", "calls", "why"):
             table.add_column(column, justify="right" if column in ("sites", "calls") else "left")
-        for (kind, adapter, decision, backend, shape, why, calls), sites in _group(self.sites).items():
+        for (kind, adapter, decision, backend, fused, shape, why, calls), sites in _group(self.sites).items():
             size = "" if shape is None else " x ".join(map(str, shape))
-            table.add_row(kind, str(sites), adapter, decision, backend, size, str(calls), why)
+            who = f"{backend}, fused norm" if fused else backend
+            table.add_row(kind, str(sites), adapter, decision, who, size, str(calls), why)
         console = Console(width=160, force_terminal=False, highlight=False, markup=False, emoji=False)
         with console.capture() as capture:
             console.print(table)
+            shares = self.shares
+            if shares.keys() - {"exact"}:
+                told = (f"{computed} {share:.1%}" for computed, share in shares.items())
+                console.print(f"self-attention calls: {', '.join(told)}")
             for note in self.notes:
                 console.print(note)
             if self.planning_seconds >= 0.05:
@@ -119,7 +144,9 @@ def _rows(session: Session, patch: Patch) -> list[SiteRow]:
                 kind=site.kind,
                 adapter=patch.adapter,
                 decision=str(run.decision),
+                computed=str(plan.choice.decision),
                 backend=plan.choice.backend.name,
+                fused=plan.prologue is not None,
                 why=plan.choice.why,
                 shape=(call.batch, call.q_len, call.kv_len, call.heads, call.head_dim),
                 calls=plan.calls,
@@ -135,6 +162,6 @@ def _group(rows: Sequence[SiteRow]) -> dict[tuple, int]:
     """Rows that read alike, with how many sites share them."""
     groups: dict[tuple, int] = {}
     for row in rows:
-        key = (row.kind, row.adapter, row.decision, row.backend, row.shape, row.why, row.calls)
+        key = (row.kind, row.adapter, row.decision, row.backend, row.fused, row.shape, row.why, row.calls)
         groups[key] = groups.get(key, 0) + 1
     return groups

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
@@ -22,29 +23,35 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
-from videoattn import guard
-from videoattn.backend import Choice, Run, select
+from videoattn import fusion, guard
+from videoattn.backend import Choice, Run, RunStreams, select
 from videoattn.call import Call, Kind, Layout
 from videoattn.policy import EXACT, Decision
+from videoattn.prologue import Prologue, Stream
 from videoattn.verify import select_verified
 
 
 @dataclass(slots=True)
 class Plan:
-    """A planned call, how often it ran, and the flag of a kernel of ours that runs it."""
+    """A planned call, how often it ran, and the flag of a kernel of ours that runs it.
+
+    `run` takes q, k, v, mask, kv_len and scale; or, in plans of `Runner.attend`, streams and kv_len. `prologue` is what a
+    pass of ours does the work of, None where there is no such pass.
+    """
 
     call: Call
     choice: Choice
-    run: Run
+    run: Run | RunStreams
     flag: Tensor | None = None
     calls: int = 0
+    prologue: Prologue | None = None
 
 
 class Watcher(Protocol):
     """A profiler that wants to know which kernel computes a call: kernels of ours are launched past torch's dispatcher."""
 
-    def begin(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """The plan is about to run on these tensors, which lie in its call's layout."""
+    def begin(self, plan: Plan) -> None:
+        """The plan is about to run."""
 
     def end(self) -> None:
         """It has run, or has raised."""
@@ -52,6 +59,13 @@ class Watcher(Protocol):
 
 watchers: list[Watcher] = []
 """Those that watch right now; empty but while a profiler records."""
+
+
+Observer = Callable[[Plan, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | None], None]
+"""(plan, q, k, v, mask, kv_len, scale), as `Runner.__call__` has them."""
+
+observers: list[Observer] = []
+"""Those that want the tensors of every call before it runs; while there are any, a prologue is not fused."""
 
 
 class Runner:
@@ -122,13 +136,44 @@ class Runner:
         )
         plan = self.plans.get(key)
         if plan is None:
-            started = perf_counter()
-            plan = self.plans[key] = self._plan(q, k, v, mask, kv_len, layout, causal)
-            self.planning_seconds += perf_counter() - started
+            plan = self._new_plan(key, self._plan, q, k, v, mask, kv_len, layout, causal)
         plan.calls += 1
+        for observer in observers:
+            observer(plan, q, k, v, mask, kv_len, scale)
         if watchers:
             return _watched(plan, q, k, v, mask, kv_len, scale)
         return plan.run(q, k, v, mask, kv_len, scale)
+
+    def attend(self, prologue: Prologue, heads: int, *streams: Stream, kv_len: Tensor | None = None) -> Tensor:
+        """Attention of raw projections; what turns them into q, k and v is a pass of ours where one can do it.
+
+        While torch.compile traces, the prologue stays in torch, where the compiler fuses it.
+
+        Args:
+            streams: consumed, as by the prologue itself.
+            kv_len: int32 [B]: row b attends to its first kv_len[b] keys.
+
+        Returns:
+            The output [B, Nq, H, D].
+        """
+        if torch.compiler.is_compiling() or observers or fusion.refuses(prologue, heads, streams) is not None:
+            return self(*prologue(heads, *streams), None, kv_len)
+        first = streams[0].q
+        shapes = ((stream.q.shape, stream.k.shape) for stream in streams)
+        key = (prologue, heads, *shapes, first.dtype, first.device, kv_len is None)
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self._new_plan(key, self._plan_streams, prologue, heads, streams, kv_len)
+        plan.calls += 1
+        if watchers:
+            return _watched(plan, streams, kv_len)
+        return plan.run(streams, kv_len)
+
+    def _new_plan(self, key: tuple, make: Callable[..., Plan], *args) -> Plan:
+        started = perf_counter()
+        plan = self.plans[key] = make(*args)
+        self.planning_seconds += perf_counter() - started
+        return plan
 
     def _plan(self, q, k, v, mask, kv_len, layout, causal) -> Plan:
         for name, other in (("k", k), ("v", v), ("mask", mask), ("kv_len", kv_len)):
@@ -164,6 +209,33 @@ class Runner:
         flag = guard.flag() if choice.backend.own else None
         return Plan(call, choice, choice.backend.plan(call, choice.decision, flag), flag)
 
+    def _plan_streams(self, prologue: Prologue, heads: int, streams: Sequence[Stream], kv_len: Tensor | None) -> Plan:
+        first = streams[0]
+        head_dim = first.q.shape[2] // heads
+        call = Call(
+            kind=self.kind,
+            layout="BNHD",
+            batch=first.q.shape[0],
+            q_len=sum(stream.q.shape[1] for stream in streams),
+            kv_len=sum(stream.k.shape[1] for stream in streams),
+            heads=heads,
+            kv_heads=first.k.shape[2] // head_dim,
+            head_dim=head_dim,
+            dtype=first.q.dtype,
+            device=first.q.device,
+            has_kv_len=kv_len is not None,
+        )
+        choice = select_verified(call, self.decision, self.backend)
+        flag = guard.flag() if choice.backend.own else None
+        planned = choice.backend, call, choice.decision, prologue
+        reason = fusion.fault(*planned, streams)
+        if reason is not None:
+            why = f"norm and rotation in torch, since in one pass: {reason}"
+            warnings.warn(f"{call}: {why}", RuntimeWarning, stacklevel=2)
+            choice = replace(choice, why="; ".join(part for part in (why, choice.why) if part))
+            return Plan(call, choice, fusion.unfused(*planned, flag), flag)
+        return Plan(call, choice, fusion.plan(*planned, flag), flag, prologue)
+
     def replace_flagged(self) -> list[str]:
         """Take torch's exact attention where an output of ours was not finite; a line on each such plan.
 
@@ -179,16 +251,19 @@ class Runner:
         reason, choice = f"output of {plan.choice.backend.name} was not finite", plan.choice
         if self.backend == "auto":
             choice = select(plan.call, EXACT, failed=lambda backend: reason if backend.own else None)
-            plan.run = choice.backend.plan(plan.call, EXACT)
+            if plan.prologue is None:
+                plan.run = choice.backend.plan(plan.call, EXACT)
+            else:
+                plan.run = fusion.unfused(choice.backend, plan.call, EXACT, plan.prologue, None)
         plan.choice = replace(choice, why=reason)
 
 
-def _watched(plan: Plan, q, k, v, mask, kv_len, scale) -> Tensor:
+def _watched(plan: Plan, *args) -> Tensor:
     present = tuple(watchers)
     for watcher in present:
-        watcher.begin(plan, q, k, v)
+        watcher.begin(plan)
     try:
-        return plan.run(q, k, v, mask, kv_len, scale)
+        return plan.run(*args)
     finally:
         for watcher in reversed(present):
             watcher.end()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from videoattn import guard
-from videoattn.backend import backends, validate_backend
+from videoattn.backend import backends, stand_in, validate_backend
 from videoattn.call import Call, Site, Step
 from videoattn.clock import Clock
 from videoattn.pipelines import rebind
@@ -58,6 +58,7 @@ class Session:
         self.policy = policy
         self.backend = backend
         self.bypass = ""  # why the last forward took the host's own path, if it did
+        self.step = Step()  # of the forward that runs, or ran last
         self.clock = Clock()
         self.marks: list[str] = []  # what in this generation was not finite
         self._phase: tuple | None = None  # what the processors are bound for
@@ -105,10 +106,18 @@ class Session:
         if self.backend == "auto":
             return
         backend = next(backend for backend in backends() if backend.name == self.backend)
-        for patch in self.patches:
+        asked = {patch: self.policy(patch.site, Step()) for patch in self.patches if patch.ours is not None}
+        if not any(backend.computes(stand_in(backend, decision)) for decision in asked.values()):
+            raise ValueError(
+                f"backend {self.backend!r}: wanted a policy that asks for what it computes, got {self.policy.name!r}, which "
+                f"decides {', '.join(sorted({str(decision) for decision in asked.values()}))}"
+            )
+        for patch, decision in asked.items():
             weight = next(patch.attn.parameters(), None)
-            if patch.ours is None or patch.site.head_dim is None or weight is None:  # found out when it runs
+            if patch.site.head_dim is None or weight is None:  # found out when it runs
                 continue
+            if decision == EXACT and not backend.computes(EXACT):
+                continue  # which are chosen for as with "auto"
             if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2 or weight.device.type == "meta":
                 continue  # quantised or offloaded storage does not tell the dtype or the device of the call
             if weight.device.type == "cpu" and torch.cuda.is_available():
@@ -125,7 +134,7 @@ class Session:
                 dtype=weight.dtype,
                 device=weight.device,
             )
-            reason = backend.refuses(call, EXACT)
+            reason = backend.refuses(call, stand_in(backend, decision))
             if reason is not None:
                 raise ValueError(f"backend {self.backend!r} refuses {self.model_name} {patch.site.name}: {reason}")
 
@@ -151,7 +160,7 @@ class Session:
         inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         grid = None if self.adapter.grid is None else self.adapter.grid(model, inputs)
         pipe, generation = self._pipe(), self.clock.generation
-        step = self.clock.tick(getattr(pipe, "scheduler", None), inputs.get("timestep"), grid)
+        step = self.step = self.clock.tick(getattr(pipe, "scheduler", None), inputs.get("timestep"), grid)
         begins = step.generation != generation
         self.look(generation, wait=begins and pipe is not None)
         if begins:

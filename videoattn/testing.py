@@ -147,6 +147,51 @@ def make_qkv(
     return q, k, v
 
 
+HardKind = Literal["normal", "outlier channels", "common k offset", "heavy tails", "biased channels"]
+
+
+def make_hard_qkv(
+    kind: HardKind,
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v [B, N, H, D] as quantisation meets them in video models, the same numbers on every device.
+
+    normal            no structure
+    outlier channels  three channels of q and k, and one of v, ten times the others
+    common k offset   every key has the same large vector added, of eight times the keys' spread
+    heavy tails       Student's t with 4 degrees of freedom in place of normal
+    biased channels   q and k are a vector that most tokens share, with little of their own: what INT4 cannot hold unless
+                      both are smoothed (SageAttention 2, figure 4, shows such heads of CogVideoX)
+
+    Raises:
+        ValueError: unknown ``kind``.
+    """
+    if kind not in get_args(HardKind):
+        raise ValueError(f"make_hard_qkv: wanted kind in {get_args(HardKind)}, got {kind!r}")
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, tokens, heads, head_dim, generator=generator) for _ in "qkv")
+    if kind == "outlier channels":
+        for x, channels in ((q, (3, 17, 30)), (k, (3, 17, 30)), (v, (9,))):
+            x[..., list(channels)] *= 10.0
+    elif kind == "common k offset":
+        k += 8.0 * torch.randn(batch, 1, heads, head_dim, generator=generator)
+    elif kind == "heavy tails":
+        for x in (q, k, v):
+            squares = torch.randn(4, *x.shape, generator=generator).square_().mean(0)
+            x /= squares.sqrt_()
+    elif kind == "biased channels":
+        for x in (q, k):
+            x += 4.0 * torch.randn(batch, 1, heads, head_dim, generator=generator)
+    return tuple(x.to(device, dtype) for x in (q, k, v))
+
+
 def plain_attention(
     q: torch.Tensor,
     k: torch.Tensor,

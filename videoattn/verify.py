@@ -1,10 +1,11 @@
 """Whether a kernel of ours computes right on this machine, found out before its first call.
 
 A small part of the call (one head of keys, about 256 rows of queries, every key) on synthetic inputs of three kinds,
-against the reference of the same decision. What is found holds for the call's class, as long as the process lives.
+against the fp64 oracle: it may err as much as plain torch does where that computes the same decision. What is found holds
+for the call's class, as long as the process lives.
 
-A short call is repeated until its rows are as many: the bound is what plain attention errs on the same inputs, and over
-six rows that can be a tenth of what it usually is.
+A short call is repeated until its rows are as many: the bound is what plain torch errs on the same inputs, and over six
+rows that can be a tenth of what it usually is.
 
 Shape letters: B batch, Nq queries, Nk keys, H heads, D head dimension.
 """
@@ -12,9 +13,10 @@ Shape letters: B batch, Nq queries, Nk keys, H heads, D head dimension.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import repeat
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -22,11 +24,23 @@ from torch import Tensor
 from videoattn import guard
 from videoattn.backend import Backend, Choice, select
 from videoattn.call import Call
-from videoattn.kernels import reference
-from videoattn.policy import EXACT, Decision
+from videoattn.kernels import quantised_reference, reference
+from videoattn.policy import EXACT, Decision, Dense, Precision
 from videoattn.testing import excess, plain_attention
 
-REFERENCES = {EXACT: reference.attend}  # a decision's oracle, with the arguments of this one
+
+def _quantised(precision: Precision) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        return quantised_reference.attend(q, k, v, precision=precision, **options)[0].to(q.dtype)
+
+    return attend
+
+
+PLAIN: dict[Decision, Callable[..., Tensor]] = {
+    EXACT: plain_attention,
+    **{Dense(precision): _quantised(precision) for precision in get_args(Precision) if precision != "exact"},
+}
+"""What computes a decision in plain torch, and so errs as much as the decision must."""
 
 ROWS = 256
 KEYS = 2**16  # over the batch, to which short calls are repeated
@@ -80,7 +94,7 @@ def _shape_class(call: Call) -> tuple:
 
 @torch.no_grad()
 def _check(backend: Backend, call: Call, decision: Decision) -> str | None:
-    call, oracle = _part(call), REFERENCES[decision]
+    call = _part(call)
     generator = torch.Generator(call.device).manual_seed(0)  # nobody's random numbers change
     run = backend.plan(call, decision, guard.flag())
     mask, kv_len = _mask(call, generator), _kv_len(call)
@@ -91,8 +105,8 @@ def _check(backend: Backend, call: Call, decision: Decision) -> str | None:
                 out = run(*qkv, mask, kv_len, None)
             else:
                 out = run(*(x.transpose(1, 2).contiguous() for x in qkv), mask, kv_len, None).transpose(1, 2)
-            exact = _by_rows(lambda *qkv, **options: oracle(*qkv, **options)[0], *qkv, **options)
-            wrong = excess(out, exact, _by_rows(plain_attention, *qkv, **options), factor=FACTOR)
+            exact = _by_rows(lambda *qkv, **options: reference.attend(*qkv, **options)[0], *qkv, **options)
+            wrong = excess(out, exact, _by_rows(PLAIN[decision], *qkv, **options), factor=FACTOR)
             if wrong is not None:
                 return f"{wrong}, on {kind}"
     return None

@@ -18,6 +18,7 @@ OPERATORS = (
     "convolution",
     "linear",
     "normalisation",
+    "prologue",
     "elementwise",
     "layout",
     "transfer",
@@ -27,6 +28,7 @@ OPERATORS = (
 )
 """What a row's time went to. The kinds of attention, then:
 
+prologue    kernels of ours before attention: norm and rotation of q and k in one pass, and quantisation
 layout      copies that change order, dtype or place in memory on one device; cat, padding, gathering
 transfer    copies between host and device
 fused       kernels that a compiler made of several operators
@@ -42,6 +44,7 @@ LABELS = {
     "text": "text self-attention",
     "audio": "audio self-attention",
     ATTENTION: "attention of unknown kind",
+    "prologue": "norm, rotation, quantisation in one pass",
     "layout": "layout copies",
     "transfer": "host-device copies",
     "fused": "fused by the compiler",
@@ -54,6 +57,10 @@ LABELS = {
 """How a category is written where its name is not enough."""
 
 UNNAMED = ("other", ATTENTION)
+
+PROLOGUE = "prologue"
+PROLOGUE_KERNELS = frozenset(("_prepare", "_statistics", "_operands"))
+"""Of kernels/prepare.py and kernels/quantise.py, which are launched inside of an attention call."""
 
 _SDPA = (
     "scaled_dot_product_attention",

@@ -31,14 +31,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from videoattn import runner
+from videoattn.policy import EXACT
 from videoattn.profiling import costs
 from videoattn.profiling.alive import Alive
-from videoattn.profiling.categories import ATTENTION, NORMALISATION, SDPA, SDPA_BACKENDS, operator_of
+from videoattn.profiling.categories import ATTENTION, NORMALISATION, PROLOGUE, SDPA, SDPA_BACKENDS, operator_of
 from videoattn.profiling.profile import AttentionCall
 from videoattn.profiling.scopes import ROOT, Scope
 from videoattn.profiling.summary import ATTENTIONS
 
 if TYPE_CHECKING:
+    from videoattn.call import Call
     from videoattn.runner import Plan
 
 Where = Callable[[], tuple[int, int, str]]
@@ -144,13 +146,14 @@ class Counts:
 
     # ---- a watcher of the runner
 
-    def begin(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def begin(self, plan: Plan) -> None:
         self._depth += 1
         name, own = plan.choice.backend.name, plan.choice.backend.own
         if self._around is not None:  # inside of the operator videoattn::attend, which counts
             self._around.backend = self._around.backend or name
             return
-        self._around = self._open(q, k, v, plan.call.layout)
+        self._around = self._planned(plan.call)
+        self._before(plan)
         self._around.backend, self._own = (name, True) if own else ("", False)
 
     def end(self) -> None:
@@ -193,6 +196,30 @@ class Counts:
             dtype=_name(q.dtype),
             bytes=costs.nbytes(q) + costs.nbytes(k) + costs.nbytes(v) + out,
         )
+
+    def _planned(self, call: Call) -> _Call:
+        """Of a call of ours, whose q, k and v are read once and whose output is written once."""
+        rows = 2 * call.q_len * call.heads + 2 * call.kv_len * call.kv_heads
+        return self._call(
+            batch=call.batch,
+            heads=call.heads,
+            kv_heads=call.kv_heads,
+            q_len=call.q_len,
+            kv_len=call.kv_len,
+            head_dim=call.head_dim,
+            dtype=_name(call.dtype),
+            bytes=call.batch * rows * call.head_dim * call.dtype.itemsize,
+        )
+
+    def _before(self, plan: Plan) -> None:
+        """Of a pass of ours in front of a call: q, k and v, or q and k alone, are read once and written once."""
+        call, quantises = plan.call, plan.choice.decision != EXACT
+        if plan.prologue is None and not quantises:
+            return
+        tokens = call.q_len * call.heads + call.kv_len * call.kv_heads * (2 if quantises else 1)
+        elements = call.batch * tokens * call.head_dim
+        written = 1 if quantises else call.dtype.itemsize
+        self._add(PROLOGUE, 0, elements, elements * (call.dtype.itemsize + written))
 
     def _call(self, *, q_len: int, kv_len: int, heads: int, batch: int, head_dim: int, **facts: Any) -> _Call:
         frame = self._stack[-1]

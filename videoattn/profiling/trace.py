@@ -24,7 +24,14 @@ from pathlib import Path
 
 import torch
 
-from videoattn.profiling.categories import ATTENTION, bare, operator_of, operator_of_kernel
+from videoattn.profiling.categories import (
+    ATTENTION,
+    PROLOGUE,
+    PROLOGUE_KERNELS,
+    bare,
+    operator_of,
+    operator_of_kernel,
+)
 from videoattn.profiling.scopes import COMPILED, ROOT, Scope
 from videoattn.profiling.summary import ATTENTIONS
 
@@ -56,7 +63,7 @@ class Ranges:
     def leave(self, scope: Scope) -> None:
         self._open.pop().__exit__(None, None, None)
 
-    def begin(self, plan, q, k, v) -> None:
+    def begin(self, plan) -> None:
         opened = torch._C._profiler._RecordFunctionFast(ATTEND + plan.choice.backend.name)
         opened.__enter__()
         self._open.append(opened)
@@ -336,6 +343,8 @@ def _spend_kernel(
         operator = "transfer"
     elif op:
         operator = operator_of(op, scope.role, scope.kind)
+    elif event["name"] in PROLOGUE_KERNELS:
+        operator = PROLOGUE
     elif span is not None and (span.instance is not None or scope.role == ATTENTION):
         operator = scope.kind or ATTENTION  # launched by a kernel's own launcher
     elif event["cat"] != "kernel":

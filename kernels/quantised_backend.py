@@ -1,0 +1,101 @@
+"""What every backend that quantises is made of: the pass in front, then a kernel that attends on its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from videoattn.backend import RunStreams
+from videoattn.call import Call
+from videoattn.kernels.operands import PV, Quantised
+from videoattn.kernels.quantise import quantise, quantise_streams
+from videoattn.kernels.triton_backend import Tile, TritonBackend
+from videoattn.policy import Decision, Dense
+from videoattn.prologue import Prologue, Stream
+
+
+class AttendQuantised(Protocol):
+    def __call__(
+        self,
+        x: Quantised,
+        *,
+        head_dim: int,
+        dtype: torch.dtype,
+        kv_len: Tensor | None = None,
+        return_lse: bool = False,
+        flag: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention on operands: out [B, Nq, H, D] contiguous in `dtype`; lse [B, H, Nq] or None."""
+
+
+class QuantisedBackend(TritonBackend):
+    """A kernel of ours for INT8 q k^T.
+
+    Args:
+        name: the backend's name.
+        pv: what it multiplies p v in.
+        attend_quantised: the kernel's launcher.
+        refuses: its own limits: (call) -> reason or None.
+        tile: how the launcher cuts a call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pv: PV,
+        attend_quantised: AttendQuantised,
+        refuses: Callable[[Call], str | None],
+        tile: Callable[[Call], Tile],
+    ) -> None:
+        super().__init__(name, self._attend, refuses, tile, Dense(f"int8_qk_{pv}_pv"))
+        self.pv = pv
+        self.attend_quantised = attend_quantised
+
+    def refuses(self, call: Call, decision: Decision) -> str | None:
+        reason = super().refuses(call, decision)
+        return reason if reason is not None or not self.computes(decision) else _refuses(call, self.pv)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        kv_len: Tensor | None = None,
+        return_lse: bool = False,
+        flag: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        x = quantise(q, k, v, pv=self.pv, scale=scale, kv_len=kv_len, return_lse=return_lse)
+        sizes = {"head_dim": q.shape[3], "dtype": q.dtype}
+        return self.attend_quantised(x, **sizes, kv_len=kv_len, return_lse=return_lse, flag=flag)
+
+    def plan_streams(self, call: Call, decision: Decision, prologue: Prologue, flag: Tensor | None) -> RunStreams:
+        """As `plan`, for raw projections: norm, rotation and quantisation in one pass."""
+        sizes = {"head_dim": call.head_dim, "dtype": call.dtype}
+
+        def run(streams: Sequence[Stream], kv_len: Tensor | None) -> Tensor:
+            x = quantise_streams(prologue, call.heads, *streams, pv=self.pv, kv_len=kv_len)
+            return self.attend_quantised(x, **sizes, kv_len=kv_len, flag=flag)[0]
+
+        return run
+
+
+def _refuses(call: Call, pv: PV) -> str | None:
+    """What no quantised kernel takes."""
+    if call.dtype == torch.float32:
+        return "takes fp16 and bf16, got torch.float32"
+    if call.head_dim % 8 or call.head_dim < 16:
+        return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
+    if call.mask != "none":
+        return "takes no mask"
+    if call.causal:
+        return "takes no causal attention"
+    if not (call.batch and call.q_len and call.kv_len):
+        return "takes no empty tensors"
+    if pv == "fp8" and torch.cuda.get_device_capability(call.device) < (8, 9):
+        return "needs compute capability 8.9 for e4m3"
+    return None
