@@ -29,7 +29,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videoattn.call import Call
-from videoattn.kernels.flash_hopper_device import M, forward
+from videoattn.kernels.flash_hopper_device import forward
+from videoattn.kernels.hopper_device import M
 from videoattn.kernels.tiles import parts
 from videoattn.kernels.triton_backend import Tile, TritonBackend, on_device_of, readable, scale_log2
 

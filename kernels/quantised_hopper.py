@@ -29,8 +29,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videoattn.kernels.flash_hopper import LOADER_REGISTERS, _processors, _Tiles, readable
-from videoattn.kernels.quantise import OFFSET, Quantised
-from videoattn.kernels.quantised_hopper_device import M, forward, forward_small
+from videoattn.kernels.operands import OFFSET, Quantised
+from videoattn.kernels.hopper_device import M
+from videoattn.kernels.quantised_hopper_device import forward
 from videoattn.kernels.triton_backend import on_device_of
 
 HEAD_DIMS = (64, 128)
@@ -41,63 +42,23 @@ class Config:
     """How the kernel is built.
 
     Args:
-        GROUPS: computing warp groups beside the loading warp, 2 or 3; 1: `forward_small`, which loads for itself.
-        N: keys of a tile. STAGES: tiles of k and of v in flight.
-        SCHEDULE: "serial": the products of a tile one after the other; "ahead": q k^T of the next tile is issued before p v
-            of this one; "pair": two tiles at a time, p v of one while the exponentials of the other are computed.
-        PARTS: parts of the columns in which p v is added where "serial", 1 or 2.
+        GROUPS: computing warp groups, 2 or 3. STAGES: tiles of k and of v in flight.
         TURNS: whether the groups issue their products in turn.
-        START: whether q k^T starts at the bias, which else is added to it.
-        MAXI: whether the greatest score is found among integers.
-        SUM: whether sums of p are added or made by the tensor cores.
-        POLY: how many of 8 exponentials are polynomials.
-        SKIP: whether a warp passes over the rescaling where no row has a new maximum.
-        FLUSH: after how many tiles p v of e4m3 goes from the tensor cores' sum to one in shared memory; 0: after each.
-        MAXNREG, WARPS: registers of a thread of `forward_small`, and its warps.
     """
 
-    GROUPS: int = 2
-    N: int = 128
+    GROUPS: int = 3
     STAGES: int = 3
-    SCHEDULE: Literal["serial", "ahead", "pair"] = "serial"
-    PARTS: int = 1
     TURNS: bool = False
-    START: bool = True
-    MAXI: bool = False
-    SUM: Literal["add", "mma"] = "add"
-    POLY: int = 0
-    SKIP: bool = False
-    FLUSH: int = 0
-    MAXNREG: int = 168
-    WARPS: int = 4
-
-    def __post_init__(self) -> None:
-        if self.N not in (64, 128) or self.STAGES < 1 or self.GROUPS not in (1, 2, 3):
-            raise ValueError(f"Config: wanted N 64 or 128, STAGES from 1, GROUPS 1, 2 or 3, got {self}")
 
     @property
-    def rows(self) -> int:
-        """Queries of a program."""
-        return 64 * self.GROUPS if self.GROUPS > 1 else 16 * self.WARPS
-
-    @property
-    def options(self) -> dict[str, object]:
-        """Constants of the kernel and options of its compilation."""
-        constants = asdict(self)
-        groups, maxnreg, warps = constants["GROUPS"], constants.pop("MAXNREG"), constants.pop("WARPS")
-        if groups == 1:
-            for name in ("GROUPS", "SCHEDULE", "TURNS", "FLUSH"):
-                constants.pop(name)
-            return constants | {"num_warps": warps, "maxnreg": maxnreg}
-        # 65,536 registers over the warp groups: an even share at the launch, then the loader gives its own away.
-        registers = {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}[groups]
-        return constants | registers | {"LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": 4}
+    def registers(self):
+        return {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}[self.GROUPS]
 
 
-def config(head_dim: int, values: torch.dtype) -> Config:
-    if values.itemsize == 2:
-        return Config(STAGES=2, GROUPS=2 if head_dim == 128 else 3)
-    return Config(GROUPS=2 if head_dim == 128 else 3)
+def config(head_dim, pv):
+    if pv == "16bit" and head_dim == 128:
+        return Config(GROUPS=2, STAGES=2, TURNS=True)
+    return Config()
 
 
 @functools.cache
