@@ -225,9 +225,7 @@ def _ones(dtype: gl.constexpr):
 @gluon.jit
 def _raise_flag(x, flag, dtype: gl.constexpr):
     """Store 1 where an element of x is not finite as `dtype`, among integers: a maximum of floats passes over NaN."""
-    LEAST: gl.constexpr = INF_FROM_FP16 if dtype == gl.float16 else INF_FROM_BF16
-    bits = _quads(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF)
-    bad = (_own_max(bits) >= LEAST).to(gl.int32)
+    bad = (gl.sum(gl.sum(_quads(x * 0.0), 3), 1) != 0.0).to(gl.int32)
     gl.store(flag + 0 * bad, bad, mask=bad != 0)
 
 
@@ -319,11 +317,11 @@ def _attend(
         batch, head, q_tile, keys, steps = work(index, counts, N, HAS_LENS)
         row = (q_tile * GROUPS + GROUP) * M
         q_rows = (index // q_tiles).to(gl.int64) * q_len
-        kv_head = (batch * (heads // kv_group) + head // kv_group).to(gl.int64)
-        k_scale_at = k_scales + kv_head * blocks * 4 + gl.arange(0, 4, gl.SliceLayout(0, own_layout))
+        kv_head = batch * (heads // kv_group) + head // kv_group
+        k_at = (kv_head * blocks + steps - 1) * 4 + gl.arange(0, 4, gl.SliceLayout(0, own_layout))
         rows = row + gl.arange(0, M, row_layout)
         q_scale = gl.load(q_scales + q_rows + rows, mask=rows < q_len, other=1.0)
-        k_scale = gl.load(k_scale_at + (steps - 1) * 4)
+        k_scale = gl.load(k_scales + k_at)
         mbarrier.wait(q_full.index(GROUP), q_phase)
         q_phase ^= 1
         m = gl.full([M], -1e30, gl.float32, row_layout)  # finite also where no key is left
@@ -340,12 +338,11 @@ def _attend(
         mbarrier.arrive(k_empty.index(slot))
         p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, keys - (steps - 1) * N, True, SHIFT, HAS_LSE)
         packed = _packed(p, V, acc_layout)
-        k_scale = gl.load(k_scale_at + gl.maximum(steps - 2, 0) * 4)
         mbarrier.wait(v_full.index(slot), phase)
 
-        for step in range(1, steps):
+        for _ in range(1, steps):
             next_slot, next_phase = advance(slot, phase, STAGES)
-            next_k_scale = gl.load(k_scale_at + gl.maximum(steps - 2 - step, 0) * 4)
+            k_at -= 4
             if V8:
                 acc, l = _add_e4m3(
                     acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE
@@ -353,6 +350,7 @@ def _attend(
                 mbarrier.arrive(v_empty.index(slot))
                 mbarrier.wait(k_full.index(next_slot), next_phase)
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
+                k_scale = gl.load(k_scales + k_at)
                 s = hopper.warpgroup_mma_wait(0, [s])
                 mbarrier.arrive(k_empty.index(next_slot))
                 p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, False, SHIFT, HAS_LSE)
@@ -363,6 +361,7 @@ def _attend(
                 if TURNS:
                     turn("sync", GROUP)
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
+                k_scale = gl.load(k_scales + k_at)
                 acc = hopper.warpgroup_mma(packed, tile(v_smem, slot), acc, is_async=True)
                 if not HAS_LSE:
                     sums = _row_sums(packed, ones)
@@ -382,7 +381,6 @@ def _attend(
                 mbarrier.arrive(v_empty.index(slot))
                 acc *= _over_columns(shrink, acc)
                 packed = _packed(p, V, acc_layout)  # behind the wait: the products read the registers of the last one
-            k_scale = next_k_scale
             slot = next_slot
             phase = next_phase
 
