@@ -6,8 +6,8 @@ last to the first: only the last needs a mask, and it is met before the loop. Le
 A thread of a quad owns columns 2t and 2t + 1 of every 8 of the scores, t = 0..3: "quads" are [M, N / 8, 4, 2], and a tile
 has one scale for each t.
 
-What the compiler must be kept from is said where it would happen. Registers are short, 160 a thread with three groups: an
-accumulator, scores and weights take 144 of them.
+What the compiler must be kept from is said where it would happen. Registers are short: of 160 a thread with three groups,
+an accumulator, scores and packed weights take 144. So a scale of keys is read while its scores are computed, not ahead.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ BIAS = gl.constexpr(12582912.0)  # 1.5 * 2^23: the bits of BIAS + n are those of
 BIAS_BITS = gl.constexpr(0x4B400000)
 BLIND_BITS = gl.constexpr(-0x800000)  # -inf
 ONES_E4M3 = gl.constexpr(0x38)
-# The least bits of fp32 that round to infinity: halves go to even, which is not the greatest number.
-INF_FROM_FP16 = gl.constexpr(0x477FF000)
-INF_FROM_BF16 = gl.constexpr(0x7F7F8000)
 
 
 # ---------------------------------------------------------------- arithmetic of one tile
@@ -37,12 +34,6 @@ INF_FROM_BF16 = gl.constexpr(0x7F7F8000)
 @gluon.jit
 def _quads(x):
     return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
-def _flat(x, like):
-    """Quads as a matrix, laid out as another."""
-    return gl.convert_layout(x.reshape(like.shape), like.type.layout)
 
 
 @gluon.jit
@@ -56,21 +47,15 @@ def _seen(x, kept):
 
 
 @gluon.jit
-def _own_max(x):
-    """Greatest [M, 4] of the integer quads x: of what one thread holds, in one chain, of which the assembler makes threes."""
-    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
-    return gl.convert_layout(gl.max(gl.max(x, 1), 2), layout, assert_trivial=True)
-
-
-@gluon.jit
 def _softmax(s, m, l, q_scale, k_scale, kept, MASKED: gl.constexpr, SHIFT: gl.constexpr, ADD: gl.constexpr):
-    """(p [M, N], new m, factor of what was summed before, new l) of biased integer scores s; l is updated if ADD."""
+    """(p [M, N], new m, factor of what was summed before, l) of biased integer scores s; if ADD, p is added to l."""
     x = _quads(s)
     if MASKED:
         seen = _seen(x, kept)
         x = gl.where(seen, x, BLIND_BITS)
-    top = _own_max(x).to(gl.float32, bitcast=True)  # the order of floats above 0 is that of their bits
-    top = (top - BIAS) * k_scale[None, :]
+    # What one thread holds in one chain, of which the assembler makes threes; floats above 0 have the order of their bits.
+    top = gl.convert_layout(gl.max(gl.max(x, 1), 2), l.type.layout, assert_trivial=True)
+    top = (top.to(gl.float32, bitcast=True) - BIAS) * k_scale[None, :]
     new_m = gl.maximum(m, gl.max(top, 1) * q_scale)  # q_scale last: the product of the scales alone may be 0
     shrink = gl.exp2(m - new_m)
     scale = q_scale[:, None] * k_scale[None, :]
@@ -81,7 +66,7 @@ def _softmax(s, m, l, q_scale, k_scale, kept, MASKED: gl.constexpr, SHIFT: gl.co
     p = gl.exp2(x)
     if ADD:
         l = l * shrink[:, None] + gl.sum(gl.sum(p, 3), 1)
-    return _flat(p, s), new_m, shrink, l
+    return gl.convert_layout(p.reshape(s.shape), s.type.layout), new_m, shrink, l
 
 
 @gluon.jit
@@ -132,9 +117,7 @@ def _row_sums(packed, ones):
     BITS: gl.constexpr = 32 if packed.dtype.primitive_bitwidth == 32 else 16
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, BITS])
     nothing = gl.zeros([M, 8], gl.float32, layout)
-    return hopper.warpgroup_mma(
-        _operand(packed, layout), ones.permute((1, 0)), nothing, use_acc=False, is_async=True
-    )
+    return hopper.warpgroup_mma(_operand(packed, layout), ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -151,59 +134,45 @@ def _over_columns(rows, like):
 
 
 @gluon.jit
-def _add_16bit(acc, l, packed, v_tile, ones, ADD: gl.constexpr):
-    """acc + p v, done, and l + sum p unless it was added already."""
-    acc = hopper.warpgroup_mma(packed, v_tile, acc, is_async=True)
-    if ADD:
-        acc = hopper.warpgroup_mma_wait(0, [acc])
-    else:
-        sums = _row_sums(packed, ones)
-        acc, sums = hopper.warpgroup_mma_wait(0, [acc, sums])
-        l += _each(sums, l)
-    return acc, l
+def _part(p, v_tile, START: gl.constexpr, COLUMNS: gl.constexpr):
+    """p v of some columns, in an accumulator of its own, started."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    nothing = gl.zeros([M, COLUMNS], gl.float32, layout)
+    v_part = v_tile.slice(START, COLUMNS, 0).permute((1, 0))
+    return hopper.warpgroup_mma(p, v_part, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _part_e4m3(acc, shrink, p, v_tile, START: gl.constexpr):
-    """p v of the columns of acc that begin at START, in an accumulator of its own, started."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1], 32])
-    nothing = gl.zeros(acc.shape, gl.float32, layout)
-    v_tile = v_tile.slice(START, acc.shape[1], 0).permute((1, 0))
-    return hopper.warpgroup_mma(p, v_tile, nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _add_part(acc, shrink, partial):
-    partial = gl.convert_layout(partial, acc.type.layout, assert_trivial=True)
-    return acc * _over_columns(shrink, acc) + partial
+def _add_part(acc, shrink, part):
+    """acc * shrink + part, in registers: the tensor cores keep 14 bits of a sum of e4m3 products."""
+    return acc * _over_columns(shrink, acc) + gl.convert_layout(part, acc.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def _add_e4m3(acc, l, shrink, packed, v_tile, ones, full, phase, ADD: gl.constexpr):
-    """acc * shrink + p v, done, and l * shrink + sum p unless it was added already: 64 columns at a time, for want of
-    registers."""
+    """acc * shrink + p v, done, as soon as `full` tells that v is there; and l * shrink + sum p unless ADD, when it was
+    added already. 64 columns at a time, for want of registers."""
     COLUMNS: gl.constexpr = 64
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
-    p = _operand(packed, layout)
-    if acc.shape[1] == COLUMNS:
+    PARTS: gl.constexpr = acc.shape[1] // COLUMNS
+    p = _operand(packed, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32]))
+    if PARTS == 1:
         acc0 = acc
     else:
         acc0, acc1 = gl.split(acc.reshape([M, 2, COLUMNS]).permute((0, 2, 1)))
+    mbarrier.wait(full, phase)
     if ADD:
-        partial = hopper.warpgroup_mma_wait(0, [_part_e4m3(acc0, shrink, p, v_tile, 0)])
+        part = hopper.warpgroup_mma_wait(0, [_part(p, v_tile, 0, COLUMNS)])
     else:
         sums = _row_sums(packed, ones)
-        partial = _part_e4m3(acc0, shrink, p, v_tile, 0)
-        partial, sums = hopper.warpgroup_mma_wait(0, [partial, sums])
+        part, sums = hopper.warpgroup_mma_wait(0, [_part(p, v_tile, 0, COLUMNS), sums])
         l = l * shrink[:, None] + _each(sums, l)
-    acc0 = _add_part(acc0, shrink, partial)
-    if acc.shape[1] == COLUMNS:
+    acc0 = _add_part(acc0, shrink, part)
+    if PARTS == 1:
         return acc0, l
     else:
-        mbarrier.wait(full, phase)  # passed long ago: a block that ends here keeps the second half behind the first sum
-        partial = hopper.warpgroup_mma_wait(0, [_part_e4m3(acc1, shrink, p, v_tile, COLUMNS)])
-        acc1 = _add_part(acc1, shrink, partial)
-        both = gl.join(acc0, acc1).permute((0, 2, 1)).reshape(acc.shape)
+        mbarrier.wait(full, phase)  # passed above: a block that ends here keeps the second half behind the first sum
+        part = hopper.warpgroup_mma_wait(0, [_part(p, v_tile, COLUMNS, COLUMNS)])
+        both = gl.join(acc0, _add_part(acc1, shrink, part)).permute((0, 2, 1)).reshape(acc.shape)
         return gl.convert_layout(both, acc.type.layout, assert_trivial=True), l
 
 
@@ -223,8 +192,9 @@ def _ones(dtype: gl.constexpr):
 
 
 @gluon.jit
-def _raise_flag(x, flag, dtype: gl.constexpr):
-    """Store 1 where an element of x is not finite as `dtype`, among integers: a maximum of floats passes over NaN."""
+def _raise_flag(x, flag):
+    """Store 1 where an element of x (fp32) is not finite: zero times either is NaN. A maximum would pass over NaN, and
+    among integers or in 16 bits the same takes registers that the loop over the tiles then spills."""
     bad = (gl.sum(gl.sum(_quads(x * 0.0), 3), 1) != 0.0).to(gl.int32)
     gl.store(flag + 0 * bad, bad, mask=bad != 0)
 
@@ -338,15 +308,14 @@ def _attend(
         mbarrier.arrive(k_empty.index(slot))
         p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, keys - (steps - 1) * N, True, SHIFT, HAS_LSE)
         packed = _packed(p, V, acc_layout)
-        mbarrier.wait(v_full.index(slot), phase)
+        if not V8:
+            mbarrier.wait(v_full.index(slot), phase)
 
         for _ in range(1, steps):
             next_slot, next_phase = advance(slot, phase, STAGES)
             k_at -= 4
             if V8:
-                acc, l = _add_e4m3(
-                    acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE
-                )
+                acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE)
                 mbarrier.arrive(v_empty.index(slot))
                 mbarrier.wait(k_full.index(next_slot), next_phase)
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
@@ -355,7 +324,6 @@ def _attend(
                 mbarrier.arrive(k_empty.index(next_slot))
                 p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, False, SHIFT, HAS_LSE)
                 packed = _packed(p, V, acc_layout)
-                mbarrier.wait(v_full.index(next_slot), next_phase)
             else:
                 mbarrier.wait(k_full.index(next_slot), next_phase)
                 if TURNS:
@@ -380,7 +348,8 @@ def _attend(
                     l = (l + _each(sums, l)) * shrink[:, None]
                 mbarrier.arrive(v_empty.index(slot))
                 acc *= _over_columns(shrink, acc)
-                packed = _packed(p, V, acc_layout)  # behind the wait: the products read the registers of the last one
+                # Behind the wait: products in flight read the registers of the last one, and would be serialised.
+                packed = _packed(p, V, acc_layout)
             slot = next_slot
             phase = next_phase
 
@@ -388,7 +357,12 @@ def _attend(
         if V8:
             acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE)
         else:
-            acc, l = _add_16bit(acc, l, packed, tile(v_smem, slot), ones, HAS_LSE)
+            acc = hopper.warpgroup_mma(packed, tile(v_smem, slot), acc, is_async=True)
+            if HAS_LSE:
+                acc = hopper.warpgroup_mma_wait(0, [acc])
+            else:
+                acc, sums = hopper.warpgroup_mma_wait(0, [acc, _row_sums(packed, ones)])
+                l += _each(sums, l)
         mbarrier.arrive(v_empty.index(slot))
         slot, phase = advance(slot, phase, STAGES)
 
@@ -402,7 +376,7 @@ def _attend(
         if V8:
             x *= gl.load(v_scales + kv_head * D + gl.arange(0, D, gl.SliceLayout(0, acc_layout)))[None, :]
         if HAS_FLAG:
-            _raise_flag(x, flag, o_desc.dtype)
+            _raise_flag(x, flag)
         tma.store_wait(0)
         tile(o_smem, GROUP).store(x.to(o_desc.dtype))
         hopper.fence_async_shared()
