@@ -29,11 +29,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videoattn.call import Call
-from videoattn.kernels.flash_hopper_device import M, forward
+from videoattn.kernels.flash_hopper_device import forward
+from videoattn.kernels.hopper_device import M
 from videoattn.kernels.tiles import parts
 from videoattn.kernels.triton_backend import Tile, TritonBackend, on_device_of, readable, scale_log2
 
 LOADER_REGISTERS = 24
+REGISTERS = {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}
+"""65,536 over 2 or 3 computing warp groups: an even share at the launch, then the loader gives its own away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,7 @@ class Config:
 
     @property
     def registers(self) -> dict[str, int]:
-        """65,536 registers over the warp groups: an even share at the launch, then the loader gives its own away."""
-        return {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}[self.GROUPS]
+        return dict(REGISTERS[self.GROUPS])
 
 
 @functools.cache
@@ -89,8 +91,8 @@ def config(head_dim: int) -> Config:
     return Config(D0=d0, D1=d1, **tiles)
 
 
-class _Tiles(NamedTuple):
-    """What a launch reads of a TensorDescriptor; that checks its fields anew each time it is made, for 20 us."""
+class LaidTiles(NamedTuple):
+    """What a launch reads of Gluon's TensorDescriptor; that checks its fields anew each time it is made, for 20 us."""
 
     base: Tensor
     shape: tuple[int, ...]
@@ -101,20 +103,20 @@ class _Tiles(NamedTuple):
 
 
 @functools.cache
-def tile_layout(width: int) -> gl.NVMMASharedLayout:
+def tile_layout(width: int, bits: int = 16) -> gl.NVMMASharedLayout:
     """How tiles of `width` elements lie in shared memory."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(2 * width, 128), element_bitwidth=16, rank=4)
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(width * bits // 8, 128), element_bitwidth=bits, rank=4)
 
 
-def _describe(x: Tensor, rows: int, width: int) -> _Tiles:
+def _describe(x: Tensor, rows: int, width: int) -> LaidTiles:
     """Tiles [1, 1, rows, width] of x [B, N, H, D], read as [B, H, N, D] in whatever order it lies."""
     (b, n, h, d), (sb, sn, sh, _) = x.shape, x.stride()
     strides = (sb if b > 1 else d, sh if h > 1 else d, sn if n > 1 else d, 1)
-    return _Tiles(x, (b, h, n, d), strides, [1, 1, rows, width], tile_layout(width))
+    return LaidTiles(x, (b, h, n, d), strides, [1, 1, rows, width], tile_layout(width))
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -172,7 +174,7 @@ def attend(
         scale_log2(scale, d),
         nq, nk, h, h // h_kv, q_tiles, pieces,
     )  # fmt: skip
-    grid = (min(pieces, _processors(q.device)), 1, 1)
+    grid = (min(pieces, processors(q.device)), 1, 1)
     key = (built, q.dtype, q.device, has_lens, has_flag)
     with on_device_of(q):
         kernel = _KERNELS.get(key)

@@ -11,34 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-M = gl.constexpr(64)
-LN2 = gl.constexpr(0.6931471805599453)
-FIRST_TURN = gl.constexpr(8)  # named barriers: the compiler takes the lowest for itself
-
-
-@gluon.jit
-def _turn(ACT: gl.constexpr, GROUP: gl.constexpr):
-    """ACT "sync": wait for the turn of GROUP. ACT "arrive": give it. 256 threads: the two groups that meet."""
-    asm: gl.constexpr = f"bar.{ACT} {FIRST_TURN + GROUP}, 256; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _advance(slot, phase, STAGES: gl.constexpr):
-    """The next place in the ring; the phase flips once round."""
-    last = slot == STAGES - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def _work(index, counts, N: gl.constexpr, HAS_LENS: gl.constexpr):
-    """(batch, head, tile of queries, keys, tiles of keys) of a piece of work; a row without keys gets one masked tile."""
-    q_tiles, heads, kv_len, kv_lens = counts
-    batch = index // q_tiles // heads
-    keys = kv_len
-    if HAS_LENS:
-        keys = gl.minimum(gl.load(kv_lens + batch), kv_len)
-    return batch, index // q_tiles % heads, index % q_tiles, keys, gl.maximum(gl.cdiv(keys, N), 1)
+from videoattn.kernels.hopper_device import LN2, M, advance, barriers, tile, tiles, turn, work
 
 
 @gluon.jit
@@ -74,7 +47,7 @@ def _load(task, HAS_LENS: gl.constexpr, D1: gl.constexpr, K_AHEAD: gl.constexpr)
     v_slot = slot
     v_phase = phase
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        batch, head, q_tile, _keys, steps = _work(index, counts, N, HAS_LENS)
+        batch, head, q_tile, _keys, steps = work(index, counts, N, HAS_LENS)
         kv_head = head // kv_group
         for group in gl.static_range(GROUPS):
             row = (q_tile * GROUPS + group) * M
@@ -90,7 +63,7 @@ def _load(task, HAS_LENS: gl.constexpr, D1: gl.constexpr, K_AHEAD: gl.constexpr)
                 v_phase = phase
             else:
                 _load_tile(v_descs, batch, kv_head, row, v_smem, v_full, v_empty, slot, phase, D1)
-            slot, phase = _advance(slot, phase, STAGES)
+            slot, phase = advance(slot, phase, STAGES)
         if K_AHEAD:
             _load_tile(v_descs, batch, kv_head, 0, v_smem, v_full, v_empty, v_slot, v_phase, D1)
 
@@ -117,18 +90,13 @@ def _scale_rows(x, factor):
 
 
 @gluon.jit
-def _tile(smem, slot):
-    return smem.index(slot).reshape([smem.shape[3], smem.shape[4]])
-
-
-@gluon.jit
 def _scores(q_smem, k_smem, GROUP: gl.constexpr, slot, fresh, D1: gl.constexpr):
     """q k^T of one tile, started."""
-    k0 = _tile(k_smem[0], slot).permute((1, 0))
-    s = hopper.warpgroup_mma(_tile(q_smem[0], GROUP), k0, fresh, use_acc=False, is_async=True)
+    k0 = tile(k_smem[0], slot).permute((1, 0))
+    s = hopper.warpgroup_mma(tile(q_smem[0], GROUP), k0, fresh, use_acc=False, is_async=True)
     if D1:
-        k1 = _tile(k_smem[1], slot).permute((1, 0))
-        s = hopper.warpgroup_mma(_tile(q_smem[1], GROUP), k1, s, is_async=True)
+        k1 = tile(k_smem[1], slot).permute((1, 0))
+        s = hopper.warpgroup_mma(tile(q_smem[1], GROUP), k1, s, is_async=True)
     return s
 
 
@@ -136,7 +104,7 @@ def _scores(q_smem, k_smem, GROUP: gl.constexpr, slot, fresh, D1: gl.constexpr):
 def _add_values(p16, v_smem, slot, acc):
     """acc + p v of one part of one tile, started."""
     layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    return hopper.warpgroup_mma(gl.convert_layout(p16, layout), _tile(v_smem, slot), acc, is_async=True)
+    return hopper.warpgroup_mma(gl.convert_layout(p16, layout), tile(v_smem, slot), acc, is_async=True)
 
 
 @gluon.jit
@@ -146,7 +114,7 @@ def _store_part(o_desc, o_smem, at, x, flag, HAS_FLAG: gl.constexpr, GROUP: gl.c
         finite = gl.min((gl.abs(x.to(gl.float32)) < float("inf")).to(gl.int32), 1)  # NaN fails every comparison
         zeros = gl.full([M], 0, gl.int32, gl.SliceLayout(1, x.type.layout))
         gl.store(flag + zeros, 1 - finite, mask=finite == 0)
-    _tile(o_smem, GROUP).store(x)
+    tile(o_smem, GROUP).store(x)
     hopper.fence_async_shared()
     tma.async_copy_shared_to_global(o_desc, at, o_smem.index(GROUP))
 
@@ -178,18 +146,18 @@ def _attend(
     phase = 0
     q_phase = 0
     if TURNS and GROUP == GROUPS - 1:
-        _turn("arrive", 0)
+        turn("arrive", 0)
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        batch, head, q_tile, keys, steps = _work(index, counts, N, HAS_LENS)
+        batch, head, q_tile, keys, steps = work(index, counts, N, HAS_LENS)
         mbarrier.wait(q_full.index(GROUP), q_phase)
         q_phase ^= 1
 
         mbarrier.wait(k_full.index(slot), phase)
         if TURNS:
-            _turn("sync", GROUP)
+            turn("sync", GROUP)
         s = _scores(q_smem, k_smem, GROUP, slot, fresh, D1)
         if TURNS:
-            _turn("arrive", NEXT)
+            turn("arrive", NEXT)
         s = hopper.warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
         s = _mask(s, keys - (steps - 1) * N)
@@ -203,16 +171,16 @@ def _attend(
         mbarrier.wait(v_full.index(slot), phase)
 
         for _ in range(1, steps):
-            next_slot, next_phase = _advance(slot, phase, STAGES)
+            next_slot, next_phase = advance(slot, phase, STAGES)
             mbarrier.wait(k_full.index(next_slot), next_phase)
             if TURNS:
-                _turn("sync", GROUP)
+                turn("sync", GROUP)
             s = _scores(q_smem, k_smem, GROUP, next_slot, fresh, D1)
             acc0 = _add_values(p16, v_smem[0], slot, acc0)
             if D1:
                 acc1 = _add_values(p16, v_smem[1], slot, acc1)
             if TURNS:
-                _turn("arrive", NEXT)
+                turn("arrive", NEXT)
             s = hopper.warpgroup_mma_wait(VALUES_IN_FLIGHT, [s])
             mbarrier.arrive(k_empty.index(next_slot))
             new_m = gl.maximum(m, gl.max(s, 1))
@@ -243,7 +211,7 @@ def _attend(
         else:
             acc0, _p = hopper.warpgroup_mma_wait(0, [acc0, p16])
         mbarrier.arrive(v_empty.index(slot))
-        slot, phase = _advance(slot, phase, STAGES)
+        slot, phase = advance(slot, phase, STAGES)
 
         row = (q_tile * GROUPS + GROUP) * M
         total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, s_layout))
@@ -263,19 +231,6 @@ def _attend(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
-
-
-@gluon.jit
-def _tiles(desc, COUNT: gl.constexpr):
-    return gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_shape, desc.layout)
-
-
 @gluon.jit(
     do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces"],
     do_not_specialize_on_alignment=["lse", "kv_lens", "flag"],
@@ -291,25 +246,25 @@ def forward(
 ):  # fmt: skip
     if D1:
         descs = ((q0_desc, q1_desc), (k0_desc, k1_desc), (v0_desc, v1_desc), (o0_desc, o1_desc))
-        q_smem = (_tiles(q0_desc, GROUPS), _tiles(q1_desc, GROUPS))
-        k_smem = (_tiles(k0_desc, STAGES), _tiles(k1_desc, STAGES))
-        v_smem = (_tiles(v0_desc, STAGES), _tiles(v1_desc, STAGES))
+        q_smem = (tiles(q0_desc, GROUPS), tiles(q1_desc, GROUPS))
+        k_smem = (tiles(k0_desc, STAGES), tiles(k1_desc, STAGES))
+        v_smem = (tiles(v0_desc, STAGES), tiles(v1_desc, STAGES))
         if O_IN_Q:
             o_smem = q_smem
         else:
-            o_smem = (_tiles(o0_desc, GROUPS), _tiles(o1_desc, GROUPS))
+            o_smem = (tiles(o0_desc, GROUPS), tiles(o1_desc, GROUPS))
     else:
         descs = ((q0_desc,), (k0_desc,), (v0_desc,), (o0_desc,))
-        q_smem = (_tiles(q0_desc, GROUPS),)
-        k_smem = (_tiles(k0_desc, STAGES),)
-        v_smem = (_tiles(v0_desc, STAGES),)
+        q_smem = (tiles(q0_desc, GROUPS),)
+        k_smem = (tiles(k0_desc, STAGES),)
+        v_smem = (tiles(v0_desc, STAGES),)
         if O_IN_Q:
             o_smem = q_smem
         else:
-            o_smem = (_tiles(o0_desc, GROUPS),)
+            o_smem = (tiles(o0_desc, GROUPS),)
     smem = (q_smem, k_smem, v_smem, o_smem)
-    full = (_barriers(GROUPS, 1), _barriers(STAGES, 1), _barriers(STAGES, 1))
-    empty = (_barriers(GROUPS, 1), _barriers(STAGES, GROUPS), _barriers(STAGES, GROUPS))
+    full = (barriers(GROUPS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
+    empty = (barriers(GROUPS, 1), barriers(STAGES, GROUPS), barriers(STAGES, GROUPS))
     counts = (q_tiles, heads, kv_len, kv_lens)
     load = (descs[0], descs[1], descs[2], smem, full, empty, counts, kv_group, pieces)
     attend = (descs[3], smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag)

@@ -140,6 +140,8 @@ def _emulate(
     p_dtype: torch.dtype,
     block_n: int,
     nudge: float = 1.0,
+    rounded_sum: bool = False,
+    backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Nq, H, D] and lse [B, H, Nq], fp64, of q and k as their integers stand for them, in units of log2.
 
@@ -155,7 +157,8 @@ def _emulate(
         keys, values = (x[:, head // (h // h_kv)] for x in (k, v))
         m = queries.new_full(queries.shape[:2], -torch.inf)
         l, acc = torch.zeros_like(m), queries.new_zeros(*queries.shape[:2], d)
-        for tile in (slice(start, min(start + block_n, nk)) for start in range(0, nk, block_n)):
+        for start in sorted(range(0, nk, block_n), reverse=backwards):
+            tile = slice(start, min(start + block_n, nk))
             s = (queries @ keys[:, tile].transpose(1, 2)).masked_fill(~valid[:, None, tile], -torch.inf)
             m_new = torch.maximum(m, s.amax(-1))
             finite = m_new.masked_fill(m_new == -torch.inf, 0.0)
@@ -166,7 +169,8 @@ def _emulate(
             p = round_to((s - shift[..., None] + offset).exp2() * nudge, p_dtype)
             grow, shrink = (shift - finite - offset).exp2(), (m - finite).exp2()
             acc = acc * shrink[..., None] + (p @ values[:, tile]) * grow[..., None]
-            l = l * shrink + (s - finite[..., None]).exp2().sum(-1)
+            weights = p * grow[..., None] if rounded_sum else (s - finite[..., None]).exp2()
+            l = l * shrink + weights.sum(-1)
             m = m_new
         out[:, head, first : first + rows] = acc / l.masked_fill(l == 0.0, 1.0)[..., None]
         lse[:, head, first : first + rows] = (m + l.log2()) / LOG2_E
@@ -183,6 +187,8 @@ def attend_quantised(
     kv_len: Tensor | None = None,
     block_n: int = KEYS,
     nudge: float = 1.0,
+    rounded_sum: bool = False,
+    backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What a kernel makes of the operands, in fp64: out [B, Nq, H, D] and lse [B, H, Nq].
 
@@ -191,6 +197,8 @@ def attend_quantised(
         block_n: keys a tile.
         nudge: factor on p before it is rounded. Rounding is monotone: with 1 + e and 1 - e the results for |v| enclose what
             a kernel gives whose p is off by no more than e.
+        rounded_sum: whether the sum of p is taken of what it is rounded to.
+        backwards: whether the tiles are met from the last to the first: p is rounded by the maximum so far.
     """
     nk, device = x.k.shape[2], x.k.device
     group, _ = key_groups(nk, device)
@@ -203,7 +211,8 @@ def attend_quantised(
         tokens = torch.tensor(ORDER, device=device).argsort()  # where each token of 16 is stored
         v = x.v.double().unflatten(3, (-1, 16))[..., tokens].flatten(3)[:, :, :head_dim, :nk].transpose(2, 3)
         p_dtype = x.v.dtype
-    out, lse = _emulate(q, k, v, x.v_scale, valid, p_dtype=p_dtype, block_n=block_n, nudge=nudge)
+    ways = {"block_n": block_n, "nudge": nudge, "rounded_sum": rounded_sum, "backwards": backwards}
+    out, lse = _emulate(q, k, v, x.v_scale, valid, p_dtype=p_dtype, **ways)
     return out, lse if x.lse_shift is None else lse + x.lse_shift.double()
 
 

@@ -32,6 +32,7 @@ TRITON_MODULES = (
     "videoattn.kernels.flash",
     "videoattn.kernels.flash_hopper",
     "videoattn.kernels.quantised",
+    "videoattn.kernels.quantised_hopper",
 )
 """Imported where Triton is installed, which has no build for macOS."""
 
