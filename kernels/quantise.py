@@ -35,25 +35,21 @@ __all__ = ["quantise", "quantise_streams", "refuses"]
 def config(heads: int, head_dim: int, across: bool, blocks: int) -> dict[str, int]:
     """Tiles, and how many parts the heads are cut into. blocks: of KEYS tokens, in all rows of the batch.
 
-    Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Rows across heads are read
-    twice, so few tokens a program: what all programs hold must stay in L2.
+    Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Four heads of a token of q lie
+    side by side: more of a row of memory at once. Rows across heads are read twice, so few tokens a program: what all
+    programs hold must stay in L2.
     """
-    padded = triton.next_power_of_2(head_dim)
-    rows = min(4096 // padded, KEYS)
-    together = 4 if across else 1
-    wanted = max(1, min(heads, 256 // blocks))
     return {
-        "T": rows // together,
-        "HB": together,
-        "COLUMNS": 256,
-        "SPLIT": wanted,
-        "num_warps": 4 if padded <= 128 else 8,
+        "ELEMENTS": 4096 if head_dim <= 128 else 8192,
+        "HB": 4,
+        "SPLIT": max(1, min(heads, 256 // blocks)),
+        "num_warps": 4 if head_dim <= 128 else 8,
     }
 
 
 def _chunks(programs: int) -> int:
     """Parts of v, each with maxima of its own: enough programs to read it at full speed."""
-    return max(4, min(64, triton.next_power_of_2(-(-384 // programs))))
+    return max(4, min(32, triton.next_power_of_2(-(-384 // programs))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,14 +67,17 @@ def _plan(
     statistics = Launch(
         batch * kv_heads * (chunks + 1 if has_v else 1),
         (kv_heads, *k, *v, *rope),
-        {"CHUNKS": chunks, "VT": 64, "COLUMNS": 128, "FORM": form, "num_warps": 8},
+        {"CHUNKS": chunks, "ELEMENTS": 8192, "FORM": form, "num_warps": 8},
     )
-    programs = KEYS // settings["T"] * q_split + 4 * k_split + (kv_heads if has_v else 0)
+    rows = settings["ELEMENTS"] // form.DP
+    q_programs = KEYS // min(rows // settings["HB"], KEYS) * q_split
+    k_programs = 4 // max(1, min(4, rows // (KEYS // 4))) * k_split
+    programs = q_programs + k_programs + (kv_heads if has_v else 0)
     levels = 448.0 if pv == "fp8" else 127.0
     operands = Launch(
         batch * blocks * programs,
         (heads, kv_heads, blocks, q_split, k_split, *q, *k, *v, *rope),
-        {"EPS": eps, "CHUNKS": chunks, **settings, "LEVELS": levels, "FORM": form},
+        {"EPS": eps, "CHUNKS": chunks, **settings, "V_WIDTH": 8 * settings["num_warps"], "LEVELS": levels, "FORM": form},
     )
     return chunks, statistics, operands
 
@@ -153,7 +152,7 @@ def _launch(
     if pv != "16bit":
         v8 = empty(batch, kv_heads, width, blocks * KEYS, dtype=torch.float8_e4m3fn if pv == "fp8" else torch.int8)
         v_scale = empty(batch, kv_heads, d)
-        v_max = empty(batch, kv_heads, chunks, d, dtype=torch.int32)
+        v_max = empty(batch, kv_heads, d, chunks, dtype=torch.int16)
     out = None if v_max is None else v8
     with on_device_of(x):
         statistics(_statistics, (*raw.k.tensors, *raw.v.tensors, *raw.tables, kv_len, k_mean, v_max), raw.eps)
