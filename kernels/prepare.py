@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videoattn.kernels.projections import read, refuses
-from videoattn.kernels.prologue_device import Form, Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
+from videoattn.kernels.projections import Layout, read, refuses
+from videoattn.kernels.prologue_device import Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
 from videoattn.kernels.triton_backend import Launch, on_device_of
 from videoattn.prologue import Prologue, Stream, split_heads
 
@@ -106,32 +106,30 @@ def _rows(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    heads: int, form: Form, batch: int, q_numbers: tuple[int, ...], k_numbers: tuple[int, ...], rope: tuple[int, ...],
-    device: torch.device,
-) -> Launch:  # fmt: skip
+def _plan(layout: Layout, heads: int, batch: int, device: torch.device) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
-    longest = max(q_numbers[0], k_numbers[0])
+    form = layout.form
+    longest = max(layout.q[0], layout.k[0])
     settings = dict(config(heads, form.D, form.ACROSS, 2 * batch * longest))
     splits = settings.pop("SPLITS")
     tiles = -(-longest // settings["T"])
-    numbers = (heads, splits, tiles, *q_numbers, *k_numbers, *rope)
+    numbers = (heads, splits, tiles, *layout.q, *layout.k, *layout.rope)
     return Launch(2 * batch * tiles * splits, numbers, {**settings, "FORM": form, "enable_fp_fusion": False})
 
 
 def prepare(prologue: Prologue, heads: int, *streams: Stream) -> tuple[Tensor, Tensor, Tensor]:
     """`prologue(heads, *streams)` where `refuses` has nothing against it; empties the streams, as it does."""
     raw = read(prologue, heads, *streams)
-    q, k = raw.q.tensors[0], raw.k.tensors[0]
-    v0, v1 = raw.v.tensors[:2]
+    layout, form = raw.layout, raw.layout.form
+    q, (v0, v1) = raw.q[0], raw.v[:2]
     v = split_heads(v0 if v1 is None else torch.cat((v0, v1), dim=1), heads)
-    if raw.form.NORM == "none" and not raw.form.ROTATE and v1 is None:
-        return split_heads(q, heads), split_heads(k, heads), v
-    batch, d = q.shape[0], q.shape[-1] // heads
-    q_out = torch.empty((batch, raw.q.numbers[0], heads, d), dtype=q.dtype, device=q.device)
-    k_out = torch.empty((batch, raw.k.numbers[0], heads, d), dtype=q.dtype, device=q.device)
+    if form.NORM == "none" and not form.ROTATE and v1 is None:
+        return split_heads(q, heads), split_heads(raw.k[0], heads), v
+    batch, d = q.shape[0], form.D
+    q_out = torch.empty((batch, layout.q[0], heads, d), dtype=q.dtype, device=q.device)
+    k_out = torch.empty((batch, layout.k[0], heads, d), dtype=q.dtype, device=q.device)
     if q_out.numel() + k_out.numel():
-        launch = _plan(heads, raw.form, batch, raw.q.numbers, raw.k.numbers, raw.rope, q.device)
+        launch = _plan(layout, heads, batch, q.device)
         with on_device_of(q):
-            launch(_prepare, (*raw.q.tensors, *raw.k.tensors, *raw.tables, q_out, k_out), raw.eps)
+            launch(_prepare, (*raw.q, *raw.k, *raw.tables, q_out, k_out), layout.eps)
     return q_out, k_out, v

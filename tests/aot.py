@@ -133,13 +133,17 @@ def before() -> list[Case]:
 
 def shipped() -> list[Case]:
     """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
-    return quantised((40, 64, 80, 128, 160), [{}]) + before() + [
-        Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
-        for capability in SHARED_KIB
-        for head_dim in HEAD_DIMS
-        for kernel, tokens in (("flash", 4096), ("temporal", 16), ("temporal", 32))
-        if tokens != 32 or head_dim in (40, 64, 80, 160)
-    ]
+    return (
+        quantised((40, 64, 80, 128, 160), [{}])
+        + before()
+        + [
+            Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
+            for capability in SHARED_KIB
+            for head_dim in HEAD_DIMS
+            for kernel, tokens in (("flash", 4096), ("temporal", 16), ("temporal", 32))
+            if tokens != 32 or head_dim in (40, 64, 80, 160)
+        ]
+    )
 
 
 def everything() -> list[Case]:
@@ -231,9 +235,7 @@ def compiled(case: Case) -> Figures:
     with contextlib.ExitStack() as stack:
         for name in {"prepare": ["_prepare"], "quantise": ["_statistics", "_operands"]}.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
-        stack.enter_context(
-            mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned))
-        )
+        stack.enter_context(mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)))
         for of_card in (flash, quantised):
             stack.enter_context(mock.patch.object(of_card, "_capability", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))

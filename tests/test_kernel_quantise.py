@@ -4,10 +4,9 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 from projection_cases import FAMILIES, FP16, make, streams
-from quantised_operands import assert_close, operands
+from quantised_operands import assert_close, exactly, operands
 
 from videoattn.kernels.operands import KEYS, ORDER, Quantised
-from videoattn.kernels.prepare import prepare
 from videoattn.kernels.quantise import quantise, quantise_streams
 from videoattn.testing import make_qkv
 
@@ -29,29 +28,26 @@ def bits(x):
 
 
 def check_streams(case, **options):
-    """Against torch on q, k, v as `prepare` makes them: its roundings are held to the host's in its own tests."""
+    """Against torch in fp64 on the same projections."""
     given = streams(case)
     got = quantise_streams(case.prologue, case.heads, *given, **options)
     assert all(x is None for stream in given for x in (stream.q, stream.k, stream.v))
-    assert_close(got, operands(*prepare(case.prologue, case.heads, *streams(case)), **options))
-    assert same(got, quantise_streams(case.prologue, case.heads, *streams(case), **options))
-    return got
+    assert_close(got, operands(*exactly(case.prologue, case.heads, streams(case)), **options))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name, poisoned):
     """The border of the dual streams is inside a block, and so is the end of the keys."""
-    check_streams(
-        make(name, tokens=140), pv="fp8", kv_len=lengths(147 if name not in ("wan", "ltx", "plain") else 131, 64)
-    )
+    tokens = 134 if name in ("wan", "ltx", "plain") else 123
+    check_streams(make(name, tokens=tokens, head_dim=24, batch=2), pv="fp8", kv_len=lengths(131, 64))
 
 
 @pytest.mark.parametrize("pv", PV)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("wan", {"tokens": 129, "head_dim": 128, "heads": 5, "batch": 1, "fused": True}),
-        ("hunyuan dual", {"tokens": 120, "head_dim": 24, "heads": 2, "fused": True, "dtype": FP16}),
+        ("wan", {"tokens": 35, "head_dim": 128, "heads": 5, "batch": 1, "fused": True}),
+        ("hunyuan dual", {"tokens": 120, "head_dim": 24, "heads": 2, "batch": 1, "fused": True, "dtype": FP16}),
     ],
     ids=str,
 )
@@ -59,11 +55,19 @@ def test_how_p_v_is_multiplied(pv, name, options, poisoned):
     check_streams(make(name, **options), pv=pv, return_lse=True, scale=0.3)
 
 
+def test_the_same_bits_twice(poisoned):
+    case = make("cogvideox", tokens=140, head_dim=64, heads=2, batch=1)
+    once, again = (
+        quantise_streams(case.prologue, case.heads, *streams(case), pv="int8", return_lse=True) for _ in range(2)
+    )
+    assert same(once, again)
+
+
 @pytest.mark.parametrize("layout", ["BNHD", "BHND", "fused"])
 @pytest.mark.parametrize(
     # B, Nq, Nk, H, Hkv, D
     "shape",
-    [(2, 40, 300, 4, 2, 72), (1, 1, 1, 1, 1, 16), (1, 257, 128, 2, 2, 64), (1, 9, 127, 3, 1, 256)],
+    [(2, 40, 150, 4, 2, 72), (1, 1, 1, 1, 1, 16), (1, 130, 128, 2, 2, 64), (1, 9, 127, 3, 1, 256)],
     ids=str,
 )
 def test_finished_tensors_of_any_strides(shape, layout, poisoned):
