@@ -101,7 +101,7 @@ def operands(q, k, v, *, pv, scale=None, kv_len=None, return_lse=False):
         "k_scale_off": k_error / 127,
     }
     keys = mean.repeat_interleave(h // hkv, 1)[..., None]
-    greatest = (keys.abs() + k_error.repeat_interleave(h // hkv, 1) / EPS / UNITS)
+    greatest = keys.abs() + k_error.repeat_interleave(h // hkv, 1) / EPS / UNITS
     made["lse_shift"] = scale * (q @ keys)[..., 0] if return_lse else None
     made["lse_off"] = UNITS * EPS * scale * (q.abs() @ greatest)[..., 0]
     if pv == "16bit":
@@ -133,7 +133,9 @@ def assert_between(got, wanted, off, dtype, name):
     assert got.is_contiguous(), name
     got = got.double()
     wrong = (got < rounded(wanted - off, dtype)) | (got > rounded(wanted + off, dtype))
-    assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.numel()}, by up to {(got - wanted).abs()[wrong].max():.3g}"
+    assert not wrong.any(), (
+        f"{name}: {wrong.sum()} of {wrong.numel()}, by up to {(got - wanted).abs()[wrong].max():.3g}"
+    )
 
 
 def assert_close(got, wanted):
