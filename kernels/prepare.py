@@ -1,9 +1,10 @@
 """Norm, rotary embedding and joining of streams in one pass: raw projections [B, N, H D] -> q, k [B, N, H, D].
 
-What a Prologue does operation by operation (videoattn/prologue.py) and with its roundings, but q and k are read from
-memory once and written once: the host's operations read and write them some ten times, in part in fp32. A program takes
-some tokens of q or of k; where the norm is across heads, it first sums their squares over all heads and then finds the
-rows in the cache again. Programs of q and of k take turns, so that the tables come from memory once.
+What a Prologue does operation by operation (videoattn/prologue.py) and with its roundings (compiled without fused products
+and sums, which round once where the host rounds twice), but q and k are read from memory once and written once: the
+host's operations read and write them some ten times, in part in fp32. A program takes some tokens of q or of k; where the
+norm is across heads, it first sums their squares over all heads and then finds the rows in the cache again. Programs of q
+and of k take turns, so that the tables come from memory once.
 
 Letters: B batch, N tokens, H heads, D head_dim; T tokens and HB heads of a tile.
 
@@ -19,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from videoattn.kernels.projections import read, refuses
-from videoattn.kernels.prologue_device import Form, Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
+from videoattn.kernels.projections import Layout, read, refuses
+from videoattn.kernels.prologue_device import Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
 from videoattn.kernels.triton_backend import Launch, on_device_of
 from videoattn.prologue import Prologue, Stream, split_heads
 
@@ -31,14 +32,14 @@ __all__ = ["prepare", "refuses"]
 def config(heads: int, head_dim: int, across: bool, tokens: int) -> dict[str, int]:
     """Tile, parts that the heads are cut into, and warps. tokens: of all rows of the batch.
 
-    Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Rows across heads are read
-    twice, so few tokens a program: what all programs hold must stay in L2.
+    Tiles of 2048 elements on 4 warps: every thread has two loads of 16 bytes under way, and two more for the next tile.
+    Four heads of a token lie side by side: more of a row of memory at once. Rows across heads are read twice, so few
+    tokens a program: what all programs hold must stay in L2.
     """
-    rows = 4096 // triton.next_power_of_2(head_dim)
-    together = 4 if across else 1
-    t = rows // together
-    splits = 1 if across else max(1, min(heads, 1024 * t // tokens))
-    return {"T": t, "HB": together, "SPLITS": splits, "COLUMNS": 512, "num_warps": 4}
+    rows = 2048 // triton.next_power_of_2(head_dim)
+    t = rows // 4
+    splits = 1 if across else max(1, min(heads // 4, 1024 * t // tokens))
+    return {"T": t, "HB": 4, "SPLITS": splits, "num_warps": 4}
 
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. FORM says what vector loads need.
@@ -56,7 +57,7 @@ def _prepare(
     q_tokens, q_border, q_sb0, q_sn0, q_sb1, q_sn1, q_sh,
     k_tokens, k_border, k_sb0, k_sn0, k_sb1, k_sn1, k_sh,
     rope_first, rope_last, rope_sb, rope_sn, rope_sh, rope_sp,
-    T: tl.constexpr, HB: tl.constexpr, COLUMNS: tl.constexpr,
+    T: tl.constexpr, HB: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
     q = Source(q0, q1, q_w0, q_w1, q_b0, q_b1, q_tokens, q_border, q_sb0, q_sn0, q_sb1, q_sn1, q_sh)
@@ -69,15 +70,15 @@ def _prepare(
     share = (heads + splits - 1) // splits
     low, high = split * share, tl.minimum(heads, split * share + share)
     if is_k:
-        _rows(k, rope, k_out, b, start, low, high, heads, eps, T, HB, COLUMNS, FORM)
+        _rows(k, rope, k_out, b, start, low, high, heads, eps, T, HB, FORM)
     else:
-        _rows(q, rope, q_out, b, start, low, high, heads, eps, T, HB, COLUMNS, FORM)
+        _rows(q, rope, q_out, b, start, low, high, heads, eps, T, HB, FORM)
 
 
 @triton.jit
 def _rows(
     x, rope, out, b, start, low, high, heads, eps,
-    T: tl.constexpr, HB: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr,
+    T: tl.constexpr, HB: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Heads low to high of T tokens."""
     d = tl.arange(0, FORM.DP)
@@ -88,7 +89,7 @@ def _rows(
     inverse = tl.zeros([1], tl.float32)
     if FORM.ACROSS:
         t = tl.arange(0, T)
-        inverse = inverse_rms(token_rows(x, b, start, t, FORM), start + t < x.tokens, eps, COLUMNS, FORM)
+        inverse = inverse_rms(token_rows(x, b, start, t, FORM), start + t < x.tokens, eps, T * HB * FORM.DP, FORM)
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], [T, HB]), [T * HB])
     c, s = 0.0, 0.0
     if FORM.ROTATE and not FORM.BY_HEAD:
@@ -98,39 +99,37 @@ def _rows(
     for h in range(low, high, HB):
         heads_now = h + heads_of
         following = load_rows(x, rows, heads_now + HB, here & (heads_now + HB < high), FORM)
-        y = finish(tile, inverse, c, s, x, rope, b, start, tokens, heads_now, eps, FORM)
+        y = finish(tile, inverse, c, s, x, rope, b, start, tokens, heads_now, eps, True, FORM)
         keep = (here & (heads_now < high))[:, None] & (d < FORM.D)[None, :]
         tl.store(out + (places[:, None] + (heads_now[:, None] * FORM.D + d[None, :])), y, keep)
         tile = following
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    heads: int, form: Form, batch: int, q_numbers: tuple[int, ...], k_numbers: tuple[int, ...], rope: tuple[int, ...],
-    device: torch.device,
-) -> Launch:  # fmt: skip
+def _plan(layout: Layout, heads: int, batch: int, device: torch.device) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
-    longest = max(q_numbers[0], k_numbers[0])
+    form = layout.form
+    longest = max(layout.q[0], layout.k[0])
     settings = dict(config(heads, form.D, form.ACROSS, 2 * batch * longest))
     splits = settings.pop("SPLITS")
     tiles = -(-longest // settings["T"])
-    numbers = (heads, splits, tiles, *q_numbers, *k_numbers, *rope)
-    return Launch(2 * batch * tiles * splits, numbers, {**settings, "FORM": form})
+    numbers = (heads, splits, tiles, *layout.q, *layout.k, *layout.rope)
+    return Launch(2 * batch * tiles * splits, numbers, {**settings, "FORM": form, "enable_fp_fusion": False})
 
 
 def prepare(prologue: Prologue, heads: int, *streams: Stream) -> tuple[Tensor, Tensor, Tensor]:
     """`prologue(heads, *streams)` where `refuses` has nothing against it; empties the streams, as it does."""
     raw = read(prologue, heads, *streams)
-    q, k = raw.q.tensors[0], raw.k.tensors[0]
-    v0, v1 = raw.v.tensors[:2]
+    layout, form = raw.layout, raw.layout.form
+    q, (v0, v1) = raw.q[0], raw.v[:2]
     v = split_heads(v0 if v1 is None else torch.cat((v0, v1), dim=1), heads)
-    if raw.form.NORM == "none" and not raw.form.ROTATE and v1 is None:
-        return split_heads(q, heads), split_heads(k, heads), v
-    batch, d = q.shape[0], q.shape[-1] // heads
-    q_out = torch.empty((batch, raw.q.numbers[0], heads, d), dtype=q.dtype, device=q.device)
-    k_out = torch.empty((batch, raw.k.numbers[0], heads, d), dtype=q.dtype, device=q.device)
+    if form.NORM == "none" and not form.ROTATE and v1 is None:
+        return split_heads(q, heads), split_heads(raw.k[0], heads), v
+    batch, d = q.shape[0], form.D
+    q_out = torch.empty((batch, layout.q[0], heads, d), dtype=q.dtype, device=q.device)
+    k_out = torch.empty((batch, layout.k[0], heads, d), dtype=q.dtype, device=q.device)
     if q_out.numel() + k_out.numel():
-        launch = _plan(heads, raw.form, batch, raw.q.numbers, raw.k.numbers, raw.rope, q.device)
+        launch = _plan(layout, heads, batch, q.device)
         with on_device_of(q):
-            launch(_prepare, (*raw.q.tensors, *raw.k.tensors, *raw.tables, q_out, k_out), raw.eps)
+            launch(_prepare, (*raw.q, *raw.k, *raw.tables, q_out, k_out), layout.eps)
     return q_out, k_out, v

@@ -1,7 +1,11 @@
 """What a fused kernel must know of a Prologue and its Streams: where the tokens lie, which norm, which tables.
 
 A Prologue calls the host's norms and rotation; a kernel reads weights and tables instead. `refuses` says where reading is
-not the same as calling: hooks, other classes, weights that lie elsewhere or in another dtype.
+not the same as calling: hooks, other classes, weights that lie elsewhere or in another dtype. Hooks that only observe (a
+profiler's, which carry `observes = True`) do not count: what they watch must be what runs without them.
+
+All that shapes, strides and types decide is found out once and looked up by them (`Layout`); hooks and weights are looked
+at in every call, for both may change between calls.
 
 Letters: B batch, N tokens, H heads, D head_dim, C = H D.
 """
@@ -9,6 +13,8 @@ Letters: B batch, N tokens, H heads, D head_dim, C = H D.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,10 +23,11 @@ from torch.nn.modules import module as torch_module
 
 from videoattn.kernels.prologue_device import Form
 from videoattn.kernels.tiles import alignment
-from videoattn.kernels.triton_backend import aligned
+from videoattn.kernels.triton_backend import aligned, unit_stride
 from videoattn.prologue import Prologue, Stream
 
 HEAD_DIMS = range(16, 257, 8)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = {
     ("torch.nn.modules.normalization", "RMSNorm"): "rms",
     ("torch.nn.modules.normalization", "LayerNorm"): "layer",
@@ -28,199 +35,278 @@ _KINDS = {
 }
 
 
-class Operand(NamedTuple):
-    """q, k or v of all streams: at most two, which follow one another along N.
+@dataclass(frozen=True, eq=False, slots=True)
+class Layout:
+    """What follows from shapes, strides and types alone; the same object for all calls of a kind, which plans go by.
 
-    tensors: x of the two streams, norm weights of both, norm biases of both; None where there is none.
-    numbers: tokens of both, tokens of the first, strides (b, n) of the first and of the second, stride of h.
+    Args:
+        reason: why a kernel cannot do it, or None; then the rest is there.
+        q, k, v: tokens of both streams, tokens of the first, strides (b, n) of the first and of the second, stride of h.
+        rope: first and last token turned, strides b, n, h and from pair to pair.
+        turned: which stream turns, or None.
+        copied: whether elements of a projection do not lie side by side.
     """
 
-    tensors: tuple[Tensor | None, ...]
-    numbers: tuple[int, ...]
+    reason: str | None = None
+    q: tuple[int, ...] = ()
+    k: tuple[int, ...] = ()
+    v: tuple[int, ...] = ()
+    rope: tuple[int, ...] = (0,) * 6
+    turned: int | None = None
+    eps: float = 0.0
+    form: Form | None = None
+    copied: bool = False
 
 
 class Raw(NamedTuple):
-    """What a launch needs of q, k and v.
+    """What a launch needs. q, k, v: x of the two streams, norm weights of both, norm biases of both; None where there is none.
 
-    tables: cos and sin, or None. rope: first and last token turned, strides b, n, h and from pair to pair.
+    tables: cos and sin, or None.
     """
 
-    q: Operand
-    k: Operand
-    v: Operand
+    q: tuple[Tensor | None, ...]
+    k: tuple[Tensor | None, ...]
+    v: tuple[Tensor | None, ...]
     tables: tuple[Tensor | None, Tensor | None]
-    rope: tuple[int, ...]
-    eps: float
-    form: Form
+    layout: Layout
+
+
+class _Tensor(NamedTuple):
+    """What a layout may know of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Norm(NamedTuple):
+    """What a layout may know of a norm."""
+
+    cls: type
+    eps: float | None
+    shape: tuple[int, ...] | None
+    weight: bool
+    bias: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.cls.__module__}.{self.cls.__qualname__}"
+
+    @property
+    def kind(self) -> str | None:
+        return _KINDS.get((self.cls.__module__, self.cls.__qualname__))
+
+
+class _Part(NamedTuple):
+    """What a layout may know of a stream."""
+
+    q: _Tensor
+    k: _Tensor
+    v: _Tensor
+    norms: tuple[_Norm | None, _Norm | None]
+    tables: tuple[_Tensor, _Tensor] | None
+    span: tuple[int | None, int | None, int | None] | None
+
+    @property
+    def turned(self) -> range:
+        tokens = range(self.q.shape[1])
+        return tokens if self.span is None else tokens[slice(*self.span)]
 
 
 def refuses(prologue: Prologue, heads: int, *streams: Stream) -> str | None:
     """Why a kernel cannot stand in for `prologue(heads, *streams)`, or None. Reads no values."""
-    x = streams[0].q
+    reason = _layout_of(prologue, heads, streams).reason
+    return _changed(streams) if reason is None else reason
+
+
+def _changed(streams: Sequence[Stream]) -> str | None:
+    """What hooks and weights have against it, which may have come or moved since the last call."""
+    global_hooks = torch_module._has_any_global_hook()
+    for stream in streams:
+        x = stream.q
+        for norm in (stream.norm_q, stream.norm_k):
+            if norm is None:
+                continue
+            if global_hooks:
+                return "hooks on all modules"
+            own = norm.__dict__
+            hooks, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+            if (hooks or before) and not all(map(_observes, (*hooks.values(), *before.values()))) or "forward" in own:
+                return f"hooks on the norm {_name(norm)}"
+            for weight in (_own(own, "weight"), _own(own, "bias")):
+                if weight is None:
+                    continue
+                if (
+                    type(weight) not in (nn.Parameter, Tensor)
+                    or weight.device != x.device
+                    or not weight.is_contiguous()
+                ):
+                    return f"weights of the norm {_name(norm)} lie elsewhere or in another form"
+                # torch's RMSNorm returns its input's dtype; with other weights diffusers' changes the dtype, LayerNorm fails.
+                if weight.dtype != x.dtype and (type(norm) is not nn.RMSNorm or weight.dtype not in _FLOATS):
+                    return f"weights of the norm {_name(norm)} are {weight.dtype}, projections {x.dtype}"
+    return None
+
+
+def _observes(hook: object) -> bool:
+    return getattr(hook, "observes", False)
+
+
+def _name(norm: nn.Module) -> str:
+    return f"{type(norm).__module__}.{type(norm).__qualname__}"
+
+
+def _own(own: dict[str, object], name: str) -> Tensor | None:
+    """A weight of a module, from its __dict__: a module's own look-up takes longer than all the rest."""
+    parameters = own["_parameters"]
+    return parameters[name] if name in parameters else own.get(name)
+
+
+def _layout_of(prologue: Prologue, heads: int, streams: Sequence[Stream]) -> Layout:
+    starts = [x for stream in streams for x in (stream.q, stream.k, stream.v)]
+    return _layout(prologue, heads, aligned(*starts), *map(_part, streams))
+
+
+def _part(stream: Stream) -> _Part:
+    rope, span = stream.rope, stream.rope_span
+    return _Part(
+        _tensor(stream.q),
+        _tensor(stream.k),
+        _tensor(stream.v),
+        (_norm(stream.norm_q), _norm(stream.norm_k)),
+        None if rope is None else (_tensor(rope[0]), _tensor(rope[1])),
+        None if span is None else (span.start, span.stop, span.step),
+    )
+
+
+def _tensor(x: Tensor) -> _Tensor:
+    return _Tensor(x.shape, x.stride(), x.dtype, x.device)
+
+
+def _norm(norm: nn.Module | None) -> _Norm | None:
+    if norm is None:
+        return None
+    own = norm.__dict__
+    shape = own.get("normalized_shape") or own.get("dim")
+    return _Norm(type(norm), own.get("eps"), shape, _own(own, "weight") is not None, _own(own, "bias") is not None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(prologue: Prologue, heads: int, is_aligned: bool, *parts: _Part) -> Layout:
+    x = parts[0].q
+    head_dim = x.shape[-1] // heads
+    reason = (
+        _refuses_projections(x, head_dim, parts)
+        or _refuses_norms(prologue, x, head_dim, parts)
+        or _refuses_rope(prologue, x, parts)
+    )
+    if reason is not None:
+        return Layout(reason)
+    q, k, v = (_numbers([getattr(part, name) for part in parts], head_dim) for name in "qkv")
+    norm = parts[0].norms[0]
+    across = norm is not None and prologue.norm == "across_heads"
+    rope, rotation, turned, before = Layout().rope, (), None, 0
+    for place, part in enumerate(parts):
+        if part.tables is not None:
+            rope, turned = _rope(part, before, head_dim), place
+            rounded = prologue.pairs == "halves" and part.tables[0].dtype == x.dtype
+            rotation = (prologue.pairs == "repeated", rounded)
+        before += part.q.shape[1]
+    norm_kind = "none" if norm is None else norm.kind
+    form = _form(head_dim, heads * head_dim if across else 0, norm_kind, rope, rotation, q, k, v, is_aligned)
+    copied = any(y.strides[-1] != 1 for part in parts for y in part[:3])
+    return Layout(None, q, k, v, rope, turned, 0.0 if norm is None else norm.eps, form, copied)
+
+
+def _refuses_projections(x: _Tensor, head_dim: int, parts: Sequence[_Part]) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"takes fp16 and bf16, got {x.dtype}"
-    head_dim = x.shape[-1] // heads
     if head_dim not in HEAD_DIMS:
         return f"takes head_dim 16 to 256 in steps of 8, got {head_dim}"
-    if len(streams) > 2:
-        return f"takes one stream or two, got {len(streams)}"
-    for stream in streams:
-        for part in (stream.q, stream.k, stream.v):
-            if part.dtype != x.dtype or part.device != x.device:
-                return f"projections are {part.dtype} on {part.device} and {x.dtype} on {x.device}"
-    reason = _refuses_norms(prologue, x, head_dim, streams)
-    return _refuses_rope(prologue, x, streams) if reason is None else reason
+    if len(parts) > 2:
+        return f"takes one stream or two, got {len(parts)}"
+    for part in parts:
+        for y in part[:3]:
+            if y.dtype != x.dtype or y.device != x.device:
+                return f"projections are {y.dtype} on {y.device} and {x.dtype} on {x.device}"
+    return None
 
 
-def _refuses_norms(prologue: Prologue, x: Tensor, head_dim: int, streams: tuple[Stream, ...]) -> str | None:
+def _refuses_norms(prologue: Prologue, x: _Tensor, head_dim: int, parts: Sequence[_Part]) -> str | None:
     across = prologue.norm == "across_heads"
     width = x.shape[-1] if across else head_dim
-    norms = [norm for stream in streams for norm in (stream.norm_q, stream.norm_k)]
+    norms = [norm for part in parts for norm in part.norms]
     if all(norm is None for norm in norms):
         return None
     if any(norm is None for norm in norms):
         return "only some of q and k have a norm"
-    if torch_module._has_any_global_hook():
-        return "hooks on all modules"
     first = norms[0]
     for norm in norms:
-        name = f"{type(norm).__module__}.{type(norm).__qualname__}"
-        kind = kind_of(norm)
-        if kind is None or across and kind == "layer":
-            return f"does not know the norm {name}" + " across heads" * across
-        if norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
-            return f"hooks on the norm {name}"
-        if kind != kind_of(first) or norm.eps != first.eps:
+        if norm.kind is None or across and norm.kind == "layer":
+            return f"does not know the norm {norm.name}" + " across heads" * across
+        if norm.kind != first.kind or norm.eps != first.eps:
             return "norms of several kinds"
         if norm.eps is None:
-            return f"the norm {name} has no eps"
-        shape = tuple(norm.dim if kind == "rms_rounded" else norm.normalized_shape)
-        if shape != (width,):
-            return f"the norm {name} is over {shape}, not {(width,)}"
-        bias = getattr(norm, "bias", None)
-        if kind == "rms_rounded" and bias is not None:
-            return f"the norm {name} has a bias"
-        if (norm.weight is None, bias is None) != (first.weight is None, getattr(first, "bias", None) is None):
+            return f"the norm {norm.name} has no eps"
+        if norm.shape != (width,):
+            return f"the norm {norm.name} is over {tuple(norm.shape)}, not {(width,)}"
+        if norm.kind == "rms_rounded" and norm.bias:
+            return f"the norm {norm.name} has a bias"
+        if (norm.weight, norm.bias) != (first.weight, first.bias):
             return "norms with and without weights"
-        for weight in (norm.weight, bias):
-            if weight is None:
-                continue
-            if type(weight) not in (nn.Parameter, Tensor) or weight.device != x.device or not weight.is_contiguous():
-                return f"weights of the norm {name} lie elsewhere or in another form"
-            # torch's RMSNorm returns its input's dtype; with other weights diffusers' changes the dtype, LayerNorm fails.
-            if weight.dtype != x.dtype and (
-                kind != "rms" or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-            ):
-                return f"weights of the norm {name} are {weight.dtype}, projections {x.dtype}"
     return None
 
 
-def _refuses_rope(prologue: Prologue, x: Tensor, streams: tuple[Stream, ...]) -> str | None:
-    turned = [stream for stream in streams if stream.rope is not None]
+def _refuses_rope(prologue: Prologue, x: _Tensor, parts: Sequence[_Part]) -> str | None:
+    turned = [part for part in parts if part.tables is not None]
     if not turned:
         return None
     if prologue.pairs is None:
         return "does not know the rotation"
     if len(turned) > 1:
         return "rotates in one stream only"
-    (stream,) = turned
-    span = _span(stream)
-    if stream.k.shape[1] != stream.q.shape[1]:
+    (part,) = turned
+    if part.k.shape[1] != part.q.shape[1]:
         return "rotates q and k of one length only"
-    for table in stream.rope:
-        if table.dtype not in (torch.float32, torch.float16, torch.bfloat16) or table.device != x.device:
+    for table in part.tables:
+        if table.dtype not in _FLOATS or table.device != x.device:
             return f"tables of the rotation are {table.dtype} on {table.device}"
-        if (
-            table.dtype != stream.rope[0].dtype
-            or table.shape != stream.rope[0].shape
-            or table.stride() != stream.rope[0].stride()
-        ):
+        if table != part.tables[0]:
             return "cos and sin differ in form"
-        if prologue.pairs == "repeated" and table.stride(-1) != 1:
+        if prologue.pairs == "repeated" and table.strides[-1] != 1:
             return "tables of the rotation have strides"
-        tokens = table.shape[0] if table.ndim == 2 else table.shape[1]
-        if tokens != len(span):
-            return f"tables of {tokens} tokens for {len(span)}"
-    if prologue.rope == "across_heads" and (stream.rope_span is not None or prologue.pairs != "repeated"):
+        tokens = table.shape[0] if len(table.shape) == 2 else table.shape[1]
+        if tokens != len(part.turned):
+            return f"tables of {tokens} tokens for {len(part.turned)}"
+    if prologue.rope == "across_heads" and (part.span is not None or prologue.pairs != "repeated"):
         return "rotates across heads by repeated tables of all tokens only"
-    if prologue.norm == "per_head" and prologue.rope == "across_heads" and stream.norm_q is not None:
+    if prologue.norm == "per_head" and prologue.rope == "across_heads" and part.norms[0] is not None:
         return "rotates before the norm"
     return None
 
 
-def kind_of(norm: nn.Module | None) -> str | None:
-    """How a kernel computes a norm: "none", "rms", "rms_rounded" (before the weight), "layer"; None for an unknown one."""
-    if norm is None:
-        return "none"
-    return _KINDS.get((type(norm).__module__, type(norm).__qualname__))
+def _numbers(tensors: Sequence[_Tensor], head_dim: int) -> tuple[int, ...]:
+    """A Layout's of projections [B, N, C] of one stream or two."""
+    strides = [x.strides[:2] for x in tensors]
+    tokens = [x.shape[1] for x in tensors]
+    return (sum(tokens), tokens[0], *strides[0], *(strides[1] if len(strides) > 1 else (0, 0)), head_dim)
 
 
-def read(prologue: Prologue, heads: int, *streams: Stream) -> Raw:
-    """What `refuses` has nothing against. Empties the streams."""
-    head_dim = streams[0].q.shape[-1] // heads
-    norm = streams[0].norm_q
-    q = _operand([stream.q for stream in streams], head_dim, [stream.norm_q for stream in streams])
-    k = _operand([stream.k for stream in streams], head_dim, [stream.norm_k for stream in streams])
-    v = _operand([stream.v for stream in streams], head_dim, [None] * len(streams))
-    tables, rope, rotation = (None, None), (0,) * 6, ()
-    before = 0
-    for stream in streams:
-        if stream.rope is not None:
-            tables = stream.rope
-            rope = _rope(stream, before, head_dim)
-            rounded = prologue.pairs == "halves" and tables[0].dtype == stream.q.dtype
-            rotation = (prologue.pairs == "repeated", rounded)
-        before += stream.q.shape[1]
-        stream.q = stream.k = stream.v = None
-    across = norm is not None and prologue.norm == "across_heads"
-    form = _form(head_dim, heads * head_dim if across else 0, kind_of(norm), rope, rotation, q, k, v)
-    return Raw(q, k, v, tables, rope, 0.0 if norm is None else norm.eps, form)
-
-
-def finished(q: Tensor, k: Tensor, v: Tensor) -> Raw:
-    """q, k, v [B, N, H, D] that need nothing more; elements of a head lie side by side."""
-    operands = [
-        Operand((x, *(None,) * 5), (x.shape[1], x.shape[1], *x.stride()[:2], 0, 0, x.stride(2))) for x in (q, k, v)
-    ]
-    rope = (0,) * 6
-    return Raw(*operands, (None, None), rope, 0.0, _form(q.shape[-1], 0, "none", rope, (), *operands))
-
-
-def _operand(parts: list[Tensor], head_dim: int, norms: list[nn.Module | None]) -> Operand:
-    """Projections [B, N, C] of one stream or two."""
-    parts = [x if x.stride(-1) == 1 else x.contiguous() for x in parts]
-    first_len = parts[0].shape[1]
-    tokens = sum(x.shape[1] for x in parts)
-    strides = [x.stride()[:2] for x in parts]
-    weights = [None if norm is None else norm.weight for norm in norms]
-    biases = [None if norm is None else getattr(norm, "bias", None) for norm in norms]
-    if len(parts) == 1:
-        parts, weights, biases, strides = [*parts, None], [*weights, None], [*biases, None], [*strides, (0, 0)]
-    return Operand((*parts, *weights, *biases), (tokens, first_len, *strides[0], *strides[1], head_dim))
-
-
-def _span(stream: Stream) -> range:
-    tokens = range(stream.q.shape[1])
-    return tokens if stream.rope_span is None else tokens[stream.rope_span]
-
-
-def _rope(stream: Stream, before: int, head_dim: int) -> tuple[int, ...]:
-    """A Raw's rope; `before`: tokens of the streams before this one. A dimension of size 1 holds for all."""
-    span, table = _span(stream), stream.rope[0]
-    sizes, strides = table.shape, table.stride()
-    if table.ndim == 2:  # [N, D]
+def _rope(part: _Part, before: int, head_dim: int) -> tuple[int, ...]:
+    """A Layout's; `before`: tokens of the streams before this one. A dimension of size 1 holds for all."""
+    sizes, strides = part.tables[0].shape, part.tables[0].strides
+    if len(sizes) == 2:  # [N, D]
         axes = (0, strides[0], 0)
-    elif table.ndim == 3:  # [B, N, C]
+    elif len(sizes) == 3:  # [B, N, C]
         axes = (strides[0] if sizes[0] > 1 else 0, strides[1], head_dim)
     else:  # [B, N, H, D / 2]
         axes = (strides[0] if sizes[0] > 1 else 0, strides[1], strides[2] if sizes[2] > 1 else 0)
-    return (before + span.start, before + span.stop, *axes, strides[-1])
+    return (before + part.turned.start, before + part.turned.stop, *axes, strides[-1])
 
 
-@functools.lru_cache(maxsize=1024)
-def _form_of(head_dim: int, channels: int, norm: str, rope, rotation, q, k, v, aligned: bool) -> Form:
+def _form(head_dim: int, channels: int, norm: str, rope, rotation, q, k, v, is_aligned: bool) -> Form:
     repeated, rounded = rotation or (False, False)
-    turned = range(*rope[:2])
     return Form(
         D=head_dim,
         DP=1 << (head_dim - 1).bit_length(),
@@ -228,15 +314,62 @@ def _form_of(head_dim: int, channels: int, norm: str, rope, rotation, q, k, v, a
         NORM=norm,
         ACROSS=channels > 0,
         ROTATE=len(rotation) > 0,
-        SPANNED=len(rotation) > 0 and turned != range(q[0]),
+        SPANNED=len(rotation) > 0 and range(*rope[:2]) != range(q[0]),
         BY_HEAD=rope[4] > 0,
         REPEATED=repeated,
         ROUNDED=rounded,
-        ALIGN=alignment(*q[2:], *k[2:], *v[2:]) if aligned else 1,
+        ALIGN=alignment(*q[2:], *k[2:], *v[2:]) if is_aligned else 1,
         ROPE_ALIGN=alignment(*rope[2:5]),
     )
 
 
-def _form(head_dim: int, channels: int, norm: str, rope, rotation, q: Operand, k: Operand, v: Operand) -> Form:
-    starts = [x for operand in (q, k, v) for x in operand.tensors[:2] if x is not None]
-    return _form_of(head_dim, channels, norm, rope, rotation, q.numbers, k.numbers, v.numbers, aligned(*starts))
+def read(prologue: Prologue, heads: int, *streams: Stream) -> Raw:
+    """What `refuses` has nothing against. Empties the streams."""
+    layout = _layout_of(prologue, heads, streams)
+    if layout.copied:
+        for stream in streams:
+            stream.q, stream.k, stream.v = map(unit_stride, (stream.q, stream.k, stream.v))
+        layout = _layout_of(prologue, heads, streams)
+    first = streams[0]
+    if len(streams) == 1:
+        q, k, v = (
+            (first.q, None, *_weights(first.norm_q, None)),
+            (first.k, None, *_weights(first.norm_k, None)),
+            (first.v, *(None,) * 5),
+        )
+    else:
+        other = streams[1]
+        q, k, v = (
+            (first.q, other.q, *_weights(first.norm_q, other.norm_q)),
+            (first.k, other.k, *_weights(first.norm_k, other.norm_k)),
+            (first.v, other.v, *(None,) * 4),
+        )
+    tables = (None, None) if layout.turned is None else streams[layout.turned].rope
+    for stream in streams:
+        stream.q = stream.k = stream.v = None
+    return Raw(q, k, v, tables, layout)
+
+
+def _weights(norm: nn.Module | None, other: nn.Module | None) -> tuple[Tensor | None, ...]:
+    """Weights of both, biases of both."""
+    if norm is None:
+        return (None,) * 4
+    own, others = norm.__dict__, (other or norm).__dict__
+    second = (None, None) if other is None else (_own(others, "weight"), _own(others, "bias"))
+    return _own(own, "weight"), second[0], _own(own, "bias"), second[1]
+
+
+def finished(q: Tensor, k: Tensor, v: Tensor) -> Raw:
+    """q, k, v [B, N, H, D] that need nothing more; elements of a head lie side by side."""
+    layout = _finished(q.shape[1], k.shape[1], q.shape[3], q.stride(), k.stride(), v.stride(), aligned(q, k, v))
+    return Raw(*((x, *(None,) * 5) for x in (q, k, v)), (None, None), layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def _finished(q_len: int, kv_len: int, head_dim: int, q_strides, k_strides, v_strides, is_aligned: bool) -> Layout:
+    q, k, v = (
+        (tokens, tokens, *strides[:2], 0, 0, strides[2])
+        for tokens, strides in ((q_len, q_strides), (kv_len, k_strides), (kv_len, v_strides))
+    )
+    rope = Layout().rope
+    return Layout(None, q, k, v, rope, form=_form(head_dim, 0, "none", rope, (), q, k, v, is_aligned))

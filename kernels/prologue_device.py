@@ -5,8 +5,10 @@
     pairs:  z_2i = y_2i cos_i - y_2i+1 sin_i,   z_2i+1 = y_2i sin_i + y_2i+1 cos_i
 
 (Zhang and Sennrich, arXiv:1910.07467; Ba et al., arXiv:1607.06450; Su et al., arXiv:2104.09864, section 3.4.) Computed in
-fp32 and rounded to the inputs' dtype where the host's operations round: after the norm and after the rotation, and in
-diffusers' RMSNorm before the weight too. What comes out is the host's up to the order of its sums.
+fp32. Where HOST is set, rounded to the inputs' dtype where the host's operations round: after the norm and after the
+rotation, and in diffusers' RMSNorm before the weight too. What comes out then is the host's up to the order of its sums,
+if products are not fused with sums (`enable_fp_fusion=False`). Otherwise nothing is rounded: what is rounded to INT8 at
+once is nearer to the exact value so, and conversions to 16 bits are slow instructions.
 
 A row is one token's head. Tokens lie in one stream or in two, one after the other (video, then text). A row's address
 says which, so a tile may lie across the border.
@@ -31,7 +33,7 @@ class Form:
         D, DP, C: see above; C is 0 where no norm is across heads.
         NORM: "none", "rms", "rms_rounded" (to 16 bits before the weight), "layer". ACROSS: over all heads.
         ROTATE: whether rows turn; SPANNED: not all of them. BY_HEAD: every head has its own tables.
-        REPEATED: tables hold each value twice. ROUNDED: products are rounded to 16 bits.
+        REPEATED: tables hold each value twice. ROUNDED: the host rounds products to 16 bits.
         ALIGN, ROPE_ALIGN: what divides all strides, in elements.
     """
 
@@ -108,14 +110,17 @@ def load_rows(x, rows, heads, keep, FORM: tl.constexpr):
 
 
 @triton.jit
-def inverse_rms(rows, keep, eps, COLUMNS: tl.constexpr, FORM: tl.constexpr):
-    """1 / sqrt(mean x^2 + eps) [R] over all heads of a token, which lie side by side."""
+def inverse_rms(rows, keep, eps, ELEMENTS: tl.constexpr, FORM: tl.constexpr):
+    """1 / sqrt(mean x^2 + eps) [R] over all heads of a token, which lie side by side; ELEMENTS are read at a time."""
+    COLUMNS: tl.constexpr = ELEMENTS // rows.shape[0]
     columns = tl.arange(0, COLUMNS)
     squares = tl.zeros([rows.shape[0], COLUMNS], tl.float32)
+    x = tl.load(rows[:, None] + columns[None, :], keep[:, None] & (columns < FORM.C)[None, :], 0.0)
     for start in range(0, FORM.C, COLUMNS):
-        here = keep[:, None] & (start + columns < FORM.C)[None, :]
-        x = tl.load(rows[:, None] + (start + columns)[None, :], here, 0.0).to(tl.float32)
-        squares += x * x
+        after = start + COLUMNS + columns
+        following = tl.load(rows[:, None] + after[None, :], keep[:, None] & (after < FORM.C)[None, :], 0.0)
+        squares += x.to(tl.float32) * x.to(tl.float32)
+        x = following
     return tl.rsqrt(tl.sum(squares, 1) / FORM.C + eps)
 
 
@@ -146,17 +151,19 @@ def turning(rope, start, tokens):
 
 
 @triton.jit
-def finish(tile, inverse, c, s, x, rope, b, start, tokens, heads, eps, FORM: tl.constexpr):
-    """Norm and rotation of rows [R, DP], in their dtype.
+def finish(tile, inverse, c, s, x, rope, b, start, tokens, heads, eps, HOST: tl.constexpr, FORM: tl.constexpr):
+    """Norm and rotation of rows [R, DP]: in their dtype where HOST is set, else in fp32.
 
     inverse: `inverse_rms` [R], where the norm is across heads. c, s: `tables`, where they are the same for all heads.
     """
+    if not HOST:
+        tile = tile.to(tl.float32)
     if FORM.NORM != "none":
-        tile = _normalise(tile, inverse, x, start, tokens, heads, eps, FORM)
+        tile = _normalise(tile, inverse, x, start, tokens, heads, eps, HOST, FORM)
     if FORM.ROTATE:
         if FORM.BY_HEAD:
             c, s = tables(rope, b, start, tokens, heads, start + tokens < x.tokens, FORM)
-        turned = _rotate(tile, c, s, FORM)
+        turned = _rotate(tile, c, s, HOST, FORM)
         tile = tl.where(turning(rope, start, tokens)[:, None], turned, tile) if FORM.SPANNED else turned
     return tile
 
@@ -173,7 +180,7 @@ def _weights(w0, w1, first, places, FORM: tl.constexpr):
 
 
 @triton.jit
-def _normalise(tile, inverse, x, start, tokens, heads, eps, FORM: tl.constexpr):
+def _normalise(tile, inverse, x, start, tokens, heads, eps, HOST: tl.constexpr, FORM: tl.constexpr):
     d = tl.arange(0, FORM.DP)
     y = tile.to(tl.float32)
     if FORM.NORM == "layer":
@@ -181,7 +188,7 @@ def _normalise(tile, inverse, x, start, tokens, heads, eps, FORM: tl.constexpr):
     if not FORM.ACROSS:
         inverse = tl.rsqrt(tl.sum(y * y, 1) / FORM.D + eps)
     y = y * inverse[:, None]
-    if FORM.NORM == "rms_rounded":
+    if HOST and FORM.NORM == "rms_rounded":
         y = y.to(tile.dtype).to(tl.float32)
     places = (heads[:, None] * FORM.D + d[None, :]) if FORM.ACROSS else d[None, :]
     if x.w0 is not None:
@@ -192,11 +199,11 @@ def _normalise(tile, inverse, x, start, tokens, heads, eps, FORM: tl.constexpr):
 
 
 @triton.jit
-def _rotate(tile, c, s, FORM: tl.constexpr):
+def _rotate(tile, c, s, HOST: tl.constexpr, FORM: tl.constexpr):
     pairs = tl.reshape(tile, [tile.shape[0], FORM.DP // 2, 2])
     even, odd = tl.split(pairs)
     even, odd = even.to(tl.float32), odd.to(tl.float32)
-    if FORM.ROUNDED:
+    if HOST and FORM.ROUNDED:
         a = (even * c).to(tile.dtype).to(tl.float32) - (odd * s).to(tile.dtype).to(tl.float32)
         b = (even * s).to(tile.dtype).to(tl.float32) + (odd * c).to(tile.dtype).to(tl.float32)
     else:

@@ -16,14 +16,14 @@ Letters: B batch, Nq/Nk queries and keys, H/Hkv heads, D head_dim, W: D up to a 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from videoattn.kernels.operands import KEYS, PV, Quantised
-from videoattn.kernels.projections import Raw, finished, read, refuses
-from videoattn.kernels.prologue_device import Form
+from videoattn.kernels.projections import Layout, Raw, finished, read, refuses
 from videoattn.kernels.quantise_device import _operands, _statistics
 from videoattn.kernels.triton_backend import Launch, on_device_of, scale_log2, unit_stride
 from videoattn.prologue import Prologue, Stream, split_heads
@@ -35,34 +35,43 @@ __all__ = ["quantise", "quantise_streams", "refuses"]
 def config(heads: int, head_dim: int, across: bool, blocks: int) -> dict[str, int]:
     """Tiles, and how many parts the heads are cut into. blocks: of KEYS tokens, in all rows of the batch.
 
-    Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Rows across heads are read
-    twice, so few tokens a program: what all programs hold must stay in L2.
+    Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Four heads of a token of q lie
+    side by side: more of a row of memory at once. Rows across heads are read twice, so few tokens a program: what all
+    programs hold must stay in L2.
     """
-    padded = triton.next_power_of_2(head_dim)
-    rows = min(4096 // padded, KEYS)
-    together = 4 if across else 1
-    wanted = max(1, min(heads, 256 // blocks))
     return {
-        "T": rows // together,
-        "HB": together,
-        "COLUMNS": 256,
-        "SPLIT": wanted,
-        "num_warps": 4 if padded <= 128 else 8,
+        "ELEMENTS": 4096 if head_dim <= 128 else 8192,
+        "HB": 4,
+        "SPLIT": max(1, min(heads, 256 // blocks)),
+        "num_warps": 4 if head_dim <= 128 else 8,
     }
 
 
 def _chunks(programs: int) -> int:
     """Parts of v, each with maxima of its own: enough programs to read it at full speed."""
-    return max(4, min(64, triton.next_power_of_2(-(-384 // programs))))
+    return max(4, min(32, triton.next_power_of_2(-(-384 // programs))))
+
+
+class Plan(NamedTuple):
+    """Both launches of a kind of call, and the shapes of what they write."""
+
+    statistics: Launch
+    operands: Launch
+    q: tuple[int, ...]
+    q_scale: tuple[int, ...]
+    k: tuple[int, ...]
+    k_scale: tuple[int, ...]
+    k_mean: tuple[int, ...]
+    v: tuple[int, ...]
+    v_scale: tuple[int, ...]
+    v_max: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    heads: int, kv_heads: int, batch: int, form: Form, eps: float, pv: PV,
-    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], rope: tuple[int, ...], device: torch.device,
-) -> tuple[int, Launch, Launch]:  # fmt: skip
-    """Chunks of v and both launches, looked up instead of worked out. What is compiled is loaded on one device."""
-    blocks = max(1, -(-max(q[0], k[0]) // KEYS))
+def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device: torch.device) -> Plan:
+    """Looked up instead of worked out. A plan is of one device: what is compiled is loaded there."""
+    form, nq, nk = layout.form, layout.q[0], layout.k[0]
+    blocks, k_blocks, width = max(1, -(-max(nq, nk) // KEYS)), -(-nk // KEYS), -(-form.D // 16) * 16
     settings = dict(config(heads, form.D, form.ACROSS, batch * blocks))
     split = settings.pop("SPLIT")
     q_split, k_split = split, min(split, kv_heads)
@@ -70,17 +79,31 @@ def _plan(
     chunks = _chunks(batch * kv_heads) if has_v else 1
     statistics = Launch(
         batch * kv_heads * (chunks + 1 if has_v else 1),
-        (kv_heads, *k, *v, *rope),
-        {"CHUNKS": chunks, "VT": 64, "COLUMNS": 128, "FORM": form, "num_warps": 8},
+        (kv_heads, *layout.k, *layout.v, *layout.rope),
+        {"CHUNKS": chunks, "ELEMENTS": 8192, "FORM": form, "num_warps": 8},
     )
-    programs = KEYS // settings["T"] * q_split + 4 * k_split + (kv_heads if has_v else 0)
-    levels = 448.0 if pv == "fp8" else 127.0
+    rows = settings["ELEMENTS"] // form.DP
+    q_programs = KEYS // min(rows // settings["HB"], KEYS) * q_split
+    k_programs = 4 // max(1, min(4, rows // (KEYS // 4))) * k_split
+    programs = q_programs + k_programs + (kv_heads if has_v else 0)
+    constants = {"EPS": layout.eps, "CHUNKS": chunks, **settings, "V_WIDTH": 8 * settings["num_warps"]}
     operands = Launch(
         batch * blocks * programs,
-        (heads, kv_heads, blocks, q_split, k_split, *q, *k, *v, *rope),
-        {"EPS": eps, "CHUNKS": chunks, **settings, "LEVELS": levels, "FORM": form},
+        (heads, kv_heads, blocks, q_split, k_split, *layout.q, *layout.k, *layout.v, *layout.rope),
+        {**constants, "LEVELS": 448.0 if pv == "fp8" else 127.0, "FORM": form},
     )
-    return chunks, statistics, operands
+    return Plan(
+        statistics,
+        operands,
+        q=(batch, heads, nq, width),
+        q_scale=(batch, heads, nq),
+        k=(batch, kv_heads, nk, width),
+        k_scale=(batch, kv_heads, k_blocks, 4),
+        k_mean=(batch, kv_heads, form.D),
+        v=(batch, kv_heads, width, k_blocks * KEYS),
+        v_scale=(batch, kv_heads, form.D),
+        v_max=(batch, kv_heads, form.D, chunks),
+    )
 
 
 def quantise(
@@ -116,7 +139,7 @@ def quantise_streams(
 ) -> Quantised:
     """Operands from raw projections, where `refuses` has nothing against them; empties the streams. See `quantise`."""
     raw = read(prologue, heads, *streams)
-    v0, v1 = raw.v.tensors[:2]
+    v0, v1 = raw.v[:2]
     v = None
     if pv == "16bit":
         v = split_heads(v0 if v1 is None else torch.cat((v0, v1), dim=1), heads)
@@ -133,30 +156,22 @@ def _launch(
     kv_len: Tensor | None,
     return_lse: bool,
 ) -> Quantised:
-    x = raw.q.tensors[0]
-    device, batch, d = x.device, x.shape[0], raw.form.D
-    nq, nk = raw.q.numbers[0], raw.k.numbers[0]
-    width = -(-d // 16) * 16
-    chunks, statistics, operands = _plan(
-        heads, kv_heads, batch, raw.form, raw.eps, pv, raw.q.numbers, raw.k.numbers, raw.v.numbers, raw.rope, device
-    )
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    blocks = -(-nk // KEYS)
-    q8, q_scale = empty(batch, heads, nq, width, dtype=torch.int8), empty(batch, heads, nq)
-    k8, k_scale = empty(batch, kv_heads, nk, width, dtype=torch.int8), empty(batch, kv_heads, blocks, 4)
-    k_mean = empty(batch, kv_heads, d)
-    lse_shift = empty(batch, heads, nq) if return_lse else None
-    v8, v_scale, v_max = v, None, None
+    x, layout = raw.q[0], raw.layout
+    device = x.device
+    plan = _plan(layout, heads, kv_heads, x.shape[0], pv, device)
+    fp32, int8 = torch.float32, torch.int8
+    q8, q_scale = torch.empty(plan.q, dtype=int8, device=device), torch.empty(plan.q_scale, dtype=fp32, device=device)
+    k8, k_scale = torch.empty(plan.k, dtype=int8, device=device), torch.empty(plan.k_scale, dtype=fp32, device=device)
+    k_mean = torch.empty(plan.k_mean, dtype=fp32, device=device)
+    lse_shift = torch.empty(plan.q_scale, dtype=fp32, device=device) if return_lse else None
+    out = v_scale = v_max = None
     if pv != "16bit":
-        v8 = empty(batch, kv_heads, width, blocks * KEYS, dtype=torch.float8_e4m3fn if pv == "fp8" else torch.int8)
-        v_scale = empty(batch, kv_heads, d)
-        v_max = empty(batch, kv_heads, chunks, d, dtype=torch.int32)
-    out = None if v_max is None else v8
+        v = out = torch.empty(plan.v, dtype=torch.float8_e4m3fn if pv == "fp8" else int8, device=device)
+        v_scale = torch.empty(plan.v_scale, dtype=fp32, device=device)
+        v_max = torch.empty(plan.v_max, dtype=torch.int16, device=device)
+    qk_scale = scale_log2(scale, layout.form.D)
     with on_device_of(x):
-        statistics(_statistics, (*raw.k.tensors, *raw.v.tensors, *raw.tables, kv_len, k_mean, v_max), raw.eps)
-        tensors = (*raw.q.tensors, *raw.k.tensors, *raw.v.tensors, *raw.tables, kv_len, k_mean, v_max)
-        operands(_operands, (*tensors, q8, q_scale, k8, k_scale, out, v_scale, lse_shift), scale_log2(scale, d))
-    return Quantised(q8, q_scale, k8, k_scale, v8, v_scale, lse_shift)
+        plan.statistics(_statistics, (*raw.k, *raw.v, *raw.tables, kv_len, k_mean, v_max), layout.eps)
+        tensors = (*raw.q, *raw.k, *raw.v, *raw.tables, kv_len, k_mean, v_max)
+        plan.operands(_operands, (*tensors, q8, q_scale, k8, k_scale, out, v_scale, lse_shift), qk_scale)
+    return Quantised(q8, q_scale, k8, k_scale, v, v_scale, lse_shift)

@@ -44,10 +44,11 @@ class Case:
         capability: 90 for 9.0.
         tokens: queries and keys of a row; the other kernels are made for any number.
         pv: how the quantised kernel multiplies p and v.
+        family: whose projections a pass before attention takes, "" for finished q, k and v.
         tuned: entries that replace those of the shipped config.
     """
 
-    kernel: Literal["temporal", "flash", "quantised"]
+    kernel: Literal["temporal", "flash", "quantised", "prepare", "quantise"]
     capability: int
     head_dim: int
     tokens: int = 4096
@@ -57,18 +58,19 @@ class Case:
     kv_len: bool = False
     lse: bool = False
     pv: Literal["fp8", "16bit", "int8", ""] = ""
+    family: Literal["wan", "cogvideox", "hunyuan", ""] = ""
     tuned: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         shape = f" x {self.tokens} tokens" if self.kernel == "temporal" else ""
         extras = [self.mask] * (self.mask != "none") + [x for x in ("causal", "kv_len", "lse") if getattr(self, x)]
-        kernel = f"{self.kernel} {self.pv}".rstrip()
+        kernel = " ".join(filter(None, (self.kernel, self.family, self.pv)))
         return " ".join([f"{kernel} sm_{self.capability} head_dim {self.head_dim}{shape} {self.dtype}", *extras])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What the assembler made of a case.
+    """What the assembler made of a case; of several kernels, the most that one has.
 
     Args:
         triton: the version that compiled it.
@@ -118,15 +120,30 @@ def quantised(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -> l
     ]
 
 
+def before() -> list[Case]:
+    """The passes before attention, with what each family has of them, for every card."""
+    return [
+        Case(kernel=kernel, capability=capability, family=family, head_dim=head_dim, pv=pv)
+        for capability in SHARED_KIB
+        for family, head_dim in (("wan", 128), ("cogvideox", 64), ("hunyuan", 128), ("", 40), ("", 256))
+        for kernel, pv in (("prepare", ""), ("quantise", "fp8" if capability >= 89 else "int8"))
+        if family or kernel == "quantise"
+    ]
+
+
 def shipped() -> list[Case]:
     """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
-    return quantised((40, 64, 80, 128, 160), [{}]) + [
-        Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
-        for capability in SHARED_KIB
-        for head_dim in HEAD_DIMS
-        for kernel, tokens in (("flash", 4096), ("temporal", 16), ("temporal", 32))
-        if tokens != 32 or head_dim in (40, 64, 80, 160)
-    ]
+    return (
+        quantised((40, 64, 80, 128, 160), [{}])
+        + before()
+        + [
+            Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
+            for capability in SHARED_KIB
+            for head_dim in HEAD_DIMS
+            for kernel, tokens in (("flash", 4096), ("temporal", 16), ("temporal", 32))
+            if tokens != 32 or head_dim in (40, 64, 80, 160)
+        ]
+    )
 
 
 def everything() -> list[Case]:
@@ -175,12 +192,13 @@ class Card:
 class Compiling:
     """Stands for a kernel: compiles what a launch would launch."""
 
-    def __init__(self, kernel) -> None:
+    def __init__(self, kernel, made: list) -> None:
         self.kernel = kernel
+        self.made = made
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs) -> None:
-            self.compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.made.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
         return launch
 
@@ -190,7 +208,7 @@ def compiled(case: Case) -> Figures:
     import torch
     import triton
 
-    from videoattn.kernels import flash, operands, quantised, temporal
+    from videoattn.kernels import flash, operands, prepare, quantise, quantised, temporal
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int": torch.int32}
     dtypes |= {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bool": torch.bool}
@@ -206,20 +224,21 @@ def compiled(case: Case) -> Figures:
         mask = {"none": None, "bool": tensor(n, n, dtype="bool"), "additive": tensor(n, n)}[case.mask]
         options |= {"mask": mask, "causal": case.causal}
 
-    log = io.StringIO()
-    module = {"flash": flash, "temporal": temporal, "quantised": quantised}[case.kernel]
+    log, made = io.StringIO(), []
+    modules = {"flash": flash, "temporal": temporal, "quantised": quantised, "prepare": prepare, "quantise": quantise}
+    module = modules[case.kernel]
     shipped_config = module.config
-    for planned in (flash._plan, temporal._plan, quantised._plan):
-        planned.cache_clear()  # which do not tell cards apart
+    for planned in modules.values():
+        planned._plan.cache_clear()  # which do not tell cards apart
     triton.runtime.driver.set_active(Card(case.capability))
     triton.knobs.nvidia.dump_ptxas_log = True
-    with (
-        mock.patch.object(module, "_forward", Compiling(module._forward)) as kernel,
-        mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)),
-        mock.patch.object(flash, "_capability", lambda device: case.capability),
-        mock.patch.object(quantised, "_capability", lambda device: case.capability),
-        contextlib.redirect_stdout(log),
-    ):
+    with contextlib.ExitStack() as stack:
+        for name in {"prepare": ["_prepare"], "quantise": ["_statistics", "_operands"]}.get(case.kernel, ["_forward"]):
+            stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
+        stack.enter_context(mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)))
+        for of_card in (flash, quantised):
+            stack.enter_context(mock.patch.object(of_card, "_capability", lambda device: case.capability))
+        stack.enter_context(contextlib.redirect_stdout(log))
         if case.kernel == "quantised":
             w, blocks = -(-d // 16) * 16, -(-n // operands.KEYS)
             ints, row = tensor(2, 8, n, w, dtype="int8"), tensor(2, 8, n, dtype="fp32")
@@ -228,20 +247,52 @@ def compiled(case: Case) -> Figures:
                 v, v_scale = tensor(2, 8, w, blocks * operands.KEYS, dtype=case.pv), tensor(2, 8, d, dtype="fp32")
             x = operands.Quantised(ints, row, ints, tensor(2, 8, blocks, 4, dtype="fp32"), v, v_scale, row)
             quantised.attend_quantised(x, head_dim=d, dtype=dtypes[case.dtype], **options)
+        elif case.family:
+            prologue, streams = _projected(case, tensor)
+            if case.kernel == "prepare":
+                prepare.prepare(prologue, 8, *streams)
+            else:
+                quantise.quantise_streams(prologue, 8, *streams, pv=case.pv)
+        elif case.kernel == "quantise":
+            quantise.quantise(*(tensor(2, n, 8, d) for _ in range(3)), pv=case.pv)
         else:
             module.attend(*(tensor(2, n, 8, d) for _ in range(3)), **options)
 
-    said, ptx = log.getvalue(), kernel.compiled.asm["ptx"]
+    said, ptx = log.getvalue(), "".join(kernel.asm["ptx"] for kernel in made)
     instructions = {"wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma\."}
     counts = {name: len(re.findall(pattern, ptx)) for name, pattern in instructions.items()}
     return Figures(
         triton=triton.__version__,
-        registers=int(re.search(r"Used (\d+) registers", said)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", said)[1]),
-        shared=kernel.compiled.metadata.shared,
+        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
+        spilled=max(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        shared=max(kernel.metadata.shared for kernel in made),
         products={name: count for name, count in counts.items() if count},
         serialized="wgmma" in said,
     )
+
+
+def _projected(case: Case, tensor: Callable[..., X]):
+    """A family's prologue and streams: what its processors hand over, made of `tensor`."""
+    from diffusers.models.normalization import RMSNorm
+    from torch import nn
+
+    from videoattn.prologue import Prologue, Stream, rotate_pairs
+
+    n, d = case.tokens, case.head_dim
+
+    def stream(cls: type, width: int, rope=None, span: slice | None = None) -> Stream:
+        norms = (cls(width, eps=1e-6).to("meta", tensor(1).dtype) for _ in "qk")
+        return Stream(*(tensor(2, n, 8 * d) for _ in "qkv"), *norms, rope, span)
+
+    if case.family == "wan":
+        tables = tensor(1, n, 1, d, dtype="fp32")
+        rope = tables[..., 0::2], tables[..., 1::2]
+        prologue = Prologue(norm="across_heads", rotate=rotate_pairs, pairs="halves")
+        return prologue, [stream(nn.RMSNorm, 8 * d, rope)]
+    prologue = Prologue(norm="per_head", rotate=rotate_pairs, pairs="repeated")
+    if case.family == "hunyuan":
+        return prologue, [stream(RMSNorm, d, (tensor(n, d, dtype="fp32"),) * 2), stream(RMSNorm, d)]
+    return prologue, [stream(nn.LayerNorm, d, (tensor(n - 226, d, dtype="fp32"),) * 2, slice(226, None))]
 
 
 # ---------------------------------------------------------------- here

@@ -20,7 +20,8 @@ from videoattn.pipelines.cogvideox import CogVideoXProcessor
 from videoattn.pipelines.hunyuan_video import JointProcessor
 from videoattn.pipelines.ltx import LTXProcessor
 from videoattn.pipelines.wan import WanProcessor
-from videoattn.prologue import Prologue, Stream
+from videoattn.profiling.scopes import Scopes
+from videoattn.prologue import Stream
 
 
 def assert_same(got, wanted):
@@ -127,6 +128,15 @@ def attended(call, *args, **kwargs):
     return caught.value.tensors
 
 
+def on_device(x):
+    """Every tensor in it on the device of the kernels."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(on_device, x))
+    if isinstance(x, dict):
+        return {key: on_device(value) for key, value in x.items()}
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+
 @pytest.mark.parametrize(
     ("name", "host", "ours", "size"),
     [
@@ -158,21 +168,24 @@ def test_as_the_hosts_processor(name, host, ours, size, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", stop)
     fused = []
 
-    def call(self, heads, *given):
-        assert refuses(self, heads, *given) is None
-        fused.append(len(given))
-        return prepare(self, heads, *given)
+    class Stop:
+        """Stands for a Runner."""
 
-    monkeypatch.setattr(Prologue, "__call__", call)
+        def attend(self, prologue, heads, *given, kv_len):
+            assert refuses(prologue, heads, *given) is None
+            fused.append(len(given))
+            raise Attended(*prepare(prologue, heads, *given))
+
     for module, (args, kwargs) in calls.items():
         if kwargs.get("attention_mask") is not None and ours is LTXProcessor:
             continue  # its padded text
-        module.to(BF16)
+        module.to(DEVICE, BF16)
+        args, kwargs = on_device(args), on_device(kwargs)
         args = [x.to(BF16) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
         kwargs |= {key: x.to(BF16) for key, x in kwargs.items() if key.endswith("hidden_states") and x is not None}
         wanted = attended(host(), module, *args, **kwargs)
         processor = ours(host())
-        processor.bind(stop)
+        processor.bind(Stop())
         got = attended(processor, module, *args, **kwargs)
         for a, b in zip(got, wanted, strict=True):
             assert_same(a, b.transpose(1, 2) if host is CogVideoXAttnProcessor2_0 else b)
@@ -217,9 +230,10 @@ class Other(nn.RMSNorm):
 )
 def test_refuses_norms(change, reason):
     case = make("wan")
-    case.parts[0][1] = change(case.heads * case.head_dim)
-    if change(64) is not None:
-        case.parts[0][2] = change(case.heads * case.head_dim)
+    for place in (1, 2) if change(64) is not None else (1,):
+        norm = case.parts[0][place] = change(case.heads * case.head_dim)
+        if norm is not None and not norm.weight.is_meta:
+            norm.to(DEVICE)
     assert reason in refuses(case.prologue, case.heads, *streams(case))
 
 
@@ -250,6 +264,45 @@ def test_refuses_while_all_modules_are_hooked():
         assert refuses(case.prologue, case.heads, *streams(case)) == "hooks on all modules"
     finally:
         handle.remove()
+
+
+def test_hooks_that_come_later():
+    """A site that was fused is no longer from the call on that a hook, or another weight, is there."""
+    case = make("wan")
+    norm = case.parts[0][2]
+
+    def reason():
+        return refuses(case.prologue, case.heads, *streams(case))
+
+    assert reason() is None
+    handle = norm.register_forward_hook(lambda module, args, out: None)
+    assert "hooks on the norm" in reason()
+    handle.remove()
+    assert reason() is None
+    norm.weight = nn.Parameter(norm.weight.to("meta"), requires_grad=False)
+    assert "lie elsewhere" in reason()
+
+
+def test_a_profile_runs_what_runs_without_it():
+    """The profiler's hooks on norms only observe."""
+
+    class Told:
+        scopes = 0
+
+        def enter(self, scope):
+            self.scopes += 1
+
+        def leave(self, scope):
+            pass
+
+    case, listener = make("wan"), Told()
+    norms = nn.ModuleDict({"norm_q": case.parts[0][1], "norm_k": case.parts[0][2]})
+    with Scopes({"transformer": norms}, listener):
+        assert refuses(case.prologue, case.heads, *streams(case)) is None
+        case.prologue(case.heads, *streams(case, fresh=True))
+        assert listener.scopes == 2, "nothing was hooked"
+        norms["norm_q"].register_forward_pre_hook(lambda module, args: None)
+        assert "hooks on the norm" in refuses(case.prologue, case.heads, *streams(case))
 
 
 def test_families_declare_their_rotation():

@@ -1,12 +1,14 @@
 """Triton's kernel on quantised operands against the emulation of the same algorithm, in the interpreter or on the GPU."""
 
 import functools
+import math
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from kernel_checks import DEVICE
+from quantised_operands import means
 from test_kernel_sdpa import call
 
 from videoattn.kernels import quantised, reference
@@ -169,25 +171,34 @@ def test_scores_so_large_that_one_key_takes_all(pv, poisoned):
 
 @pytest.mark.parametrize("pv", PVS)
 def test_as_near_to_exact_attention_as_the_emulation(pv):
-    q, k, v = make_qkv(1, 70, 300, 2, 64, dtype=BF16, device=DEVICE)
+    """But for k's mean, which is of some tokens only.
+
+    What is left of it, the same for all keys, meets q's rounding: that moves a row's scores alike, and so its log-sum-exp.
+    """
+    q, k, v = make_qkv(1, 40, 200, 2, 64, dtype=BF16, device=DEVICE)
+    k += 8.0 * torch.randn(2, 64, device=DEVICE)
     exact, exact_lse = reference.attend(q, k, v)
     out, lse = ATTEND[pv](q, k, v, return_lse=True)
     expected, expected_lse = emulated.attend(q, k, v, precision=f"int8_qk_{pv}_pv")
     norm = torch.linalg.vector_norm
     assert norm(out - exact) <= 1.05 * norm(expected - exact) + torch.finfo(BF16).eps / 2 * norm(exact)
-    assert norm(lse - exact_lse) <= 1.05 * norm(expected_lse - exact_lse)
+    x, keys = emulated.quantise(q, k, v, pv=pv, scale=math.log(2)), k.double().transpose(1, 2)
+    rounding = x.q * x.q_scale.double()[..., None] - q.double().transpose(1, 2)
+    left = keys.mean(2) - means(keys, [200])
+    moved = 64**-0.5 * (rounding * left[:, :, None]).sum(-1)
+    assert norm(lse - exact_lse) <= 1.05 * norm(expected_lse - exact_lse) + norm(moved)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("pv", PVS)
 def test_the_flag_tells_of_what_is_not_finite(pv, name, value):
-    qkv = dict(zip("qkv", make_qkv(3, 9, 140, 2, 40, dtype=FP16, device=DEVICE), strict=True))
-    qkv[name][1, 2, 1, 39] = value
+    qkv = dict(zip("qkv", make_qkv(2, 3, 20, 2, 24, dtype=FP16, device=DEVICE), strict=True))
+    qkv[name][1, 2, 1, 23] = value
     raised = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     out, _ = ATTEND[pv](**qkv, flag=raised)
     assert raised.item() == 1
-    rows = {"q": out[1, 2, 1], "k": out[1, :, 1], "v": out[1, :, 1, 39]}[name]
+    rows = {"q": out[1, 2, 1], "k": out[1, :, 1], "v": out[1, :, 1, 23]}[name]
     assert not rows.isfinite().any() and (~out.isfinite()).sum() == rows.numel()
 
 
@@ -256,8 +267,8 @@ def test_cards(card, capability, refused):
 @pytest.mark.parametrize("layout", ["BNHD", "BHND"])
 @pytest.mark.parametrize("pv", PVS)
 def test_a_plan(pv, layout, poisoned):
-    q, k, v = make_qkv(2, 20, 30, 4, 40, kv_heads=2, dtype=FP16, device=DEVICE)
-    facts = {"batch": 2, "q_len": 20, "kv_len": 30, "heads": 4, "kv_heads": 2, "head_dim": 40, "device": q.device}
+    q, k, v = make_qkv(2, 5, 30, 2, 24, kv_heads=1, dtype=FP16, device=DEVICE)
+    facts = {"batch": 2, "q_len": 5, "kv_len": 30, "heads": 2, "kv_heads": 1, "head_dim": 24, "device": q.device}
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     (backend,) = (backend for backend in quantised.BACKENDS if backend.name == f"triton_int8_{pv}")
     run = backend.plan(call(layout=layout, has_kv_len=True, **facts), backend.decision, flag)
