@@ -33,6 +33,7 @@ ONES_E4M3 = gl.constexpr(0x38)
 
 @gluon.jit
 def _quads(x):
+    """x [M, N] as [M, N / 8, 4, 2]."""
     return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
 
 
@@ -59,7 +60,7 @@ def _softmax(s, m, l, q_scale, k_scale, kept, MASKED: gl.constexpr, SHIFT: gl.co
     new_m = gl.maximum(m, gl.max(top, 1) * q_scale)  # q_scale last: the product of the scales alone may be 0
     shrink = gl.exp2(m - new_m)
     scale = q_scale[:, None] * k_scale[None, :]
-    lift = (SHIFT - new_m)[:, None] - BIAS * scale  # rounds BIAS * scale by no more than half a unit of s
+    lift = (SHIFT - new_m)[:, None] - BIAS * scale  # off by no more than the scores' last unit or two
     x = gl.fma(x.to(gl.float32, bitcast=True), scale[:, None, :, None], lift[:, None, :, None])
     if MASKED:
         x = gl.where(seen, x, float("-inf"))  # again, since -inf * scale is NaN where that is 0
@@ -71,8 +72,8 @@ def _softmax(s, m, l, q_scale, k_scale, kept, MASKED: gl.constexpr, SHIFT: gl.co
 
 @gluon.jit
 def _packed(p, dtype: gl.constexpr, acc_layout: gl.constexpr):
-    """p [M, N] rounded: 16-bit as it stands, or four e4m3 numbers in each of int32 [M, N / 4], since an 8-bit variable of a
-    loop takes a register.
+    """p [M, N] rounded: 16-bit as it stands, or four e4m3 numbers in each of int32 [M, N / 4]: an 8-bit variable of a loop
+    takes a register, and a wait for products does not compile with one.
 
     A thread of a quad owns columns {2t, 2t + 1, 8 + 2t, 9 + 2t} of 16; here they are renamed {4t ... 4t + 3}, what it must
     own of the left operand of a product. The tokens of v lie in that order.

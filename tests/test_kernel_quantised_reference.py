@@ -189,3 +189,18 @@ def test_chunks_change_nothing(monkeypatch, scores):
     monkeypatch.setattr(emulated, "SCORES", scores)
     for chunked, at_once in zip(emulated.attend(q, k, v, precision="int8_qk_int8_pv"), whole, strict=True):
         torch.testing.assert_close(chunked, at_once, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pv", ["fp8", "16bit", "int8"])
+def test_the_sum_of_rounded_weights_makes_an_average_of_values(pv):
+    """With equal values the output is that value, whatever p is rounded to; the sum of p itself leaves its roundings."""
+    q, k, v = make_qkv(1, 20, 300, 1, 16, dtype=torch.bfloat16)
+    x = emulated.quantise(q, k, torch.full_like(v, 1.5), pv=pv, return_lse=True)
+    options = {"head_dim": 16, "dtype": torch.bfloat16}
+    out, lse = emulated.attend_quantised(x, **options, rounded_sum=True)
+    plain, plain_lse = emulated.attend_quantised(x, **options)
+    v_rounded = 1.5 if pv == "16bit" else (x.v_scale.double() * (448 if pv == "fp8" else 127)).amax().item()
+    assert (out - v_rounded).abs().amax() < 1e-12 < (plain - v_rounded).abs().amax()
+    assert 0 < (lse - plain_lse).abs().amax() < 2.0**-4  # a rounding of e4m3
+    again, again_lse = emulated.attend_quantised(x, **options, backwards=True)
+    assert 0 < (again - plain).abs().amax() < 2.0**-4 and (again_lse - plain_lse).abs().amax() < 1e-12
