@@ -121,7 +121,7 @@ def prepare(prologue: Prologue, heads: int, *streams: Stream) -> tuple[Tensor, T
     """`prologue(heads, *streams)` where `refuses` has nothing against it; empties the streams, as it does."""
     raw = read(prologue, heads, *streams)
     layout, form = raw.layout, raw.layout.form
-    q, (v0, v1) = raw.q[0], raw.v[:2]
+    q, (v0, v1) = raw.q[0], raw.v
     v = split_heads(v0 if v1 is None else torch.cat((v0, v1), dim=1), heads)
     if form.NORM == "none" and not form.ROTATE and v1 is None:
         return split_heads(q, heads), split_heads(raw.k[0], heads), v

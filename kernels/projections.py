@@ -59,9 +59,9 @@ class Layout:
 
 
 class Raw(NamedTuple):
-    """What a launch needs. q, k, v: x of the two streams, norm weights of both, norm biases of both; None where there is none.
+    """What a launch needs; None where there is none.
 
-    tables: cos and sin, or None.
+    q, k: x of the two streams, norm weights of both, norm biases of both; v: x of both; tables: cos and sin.
     """
 
     q: tuple[Tensor | None, ...]
@@ -108,6 +108,12 @@ class _Part(NamedTuple):
     tables: tuple[_Tensor, _Tensor] | None
     span: tuple[int | None, int | None, int | None] | None
 
+    @classmethod
+    def of(cls, q: tuple, k: tuple, v: tuple, norm_q: tuple | None, norm_k: tuple | None, tables, span) -> _Part:
+        norms = tuple(None if norm is None else _Norm(*norm) for norm in (norm_q, norm_k))
+        tables = None if tables is None else tuple(_Tensor(*table) for table in tables)
+        return cls(_Tensor(*q), _Tensor(*k), _Tensor(*v), norms, tables, span)
+
     @property
     def turned(self) -> range:
         tokens = range(self.q.shape[1])
@@ -128,24 +134,21 @@ def _changed(streams: Sequence[Stream]) -> str | None:
         for norm in (stream.norm_q, stream.norm_k):
             if norm is None:
                 continue
-            if global_hooks:
-                return "hooks on all modules"
             own = norm.__dict__
             hooks, before = own["_forward_hooks"], own["_forward_pre_hooks"]
+            if global_hooks:
+                return "hooks on all modules"
             if (hooks or before) and not all(map(_observes, (*hooks.values(), *before.values()))) or "forward" in own:
                 return f"hooks on the norm {_name(norm)}"
             for weight in (_own(own, "weight"), _own(own, "bias")):
-                if weight is None:
-                    continue
-                if (
-                    type(weight) not in (nn.Parameter, Tensor)
-                    or weight.device != x.device
-                    or not weight.is_contiguous()
-                ):
+                if weight is not None and (type(weight) is not nn.Parameter or weight.dtype is not x.dtype):
+                    # torch's RMSNorm returns its input's dtype; with other weights diffusers' changes it, LayerNorm fails.
+                    if type(weight) not in (nn.Parameter, Tensor):
+                        return f"weights of the norm {_name(norm)} are {type(weight).__name__}"
+                    if weight.dtype != x.dtype and (type(norm) is not nn.RMSNorm or weight.dtype not in _FLOATS):
+                        return f"weights of the norm {_name(norm)} are {weight.dtype}, projections {x.dtype}"
+                if weight is not None and not (weight.device == x.device and weight.is_contiguous()):
                     return f"weights of the norm {_name(norm)} lie elsewhere or in another form"
-                # torch's RMSNorm returns its input's dtype; with other weights diffusers' changes the dtype, LayerNorm fails.
-                if weight.dtype != x.dtype and (type(norm) is not nn.RMSNorm or weight.dtype not in _FLOATS):
-                    return f"weights of the norm {_name(norm)} are {weight.dtype}, projections {x.dtype}"
     return None
 
 
@@ -164,54 +167,68 @@ def _own(own: dict[str, object], name: str) -> Tensor | None:
 
 
 def _layout_of(prologue: Prologue, heads: int, streams: Sequence[Stream]) -> Layout:
-    starts = [x for stream in streams for x in (stream.q, stream.k, stream.v)]
-    return _layout(prologue, heads, aligned(*starts), *map(_part, streams))
+    of_all = (prologue.norm, prologue.rope, prologue.pairs, heads)
+    return _layout(of_all, *[_facts(stream) for stream in streams])
 
 
-def _part(stream: Stream) -> _Part:
-    rope, span = stream.rope, stream.rope_span
-    return _Part(
-        _tensor(stream.q),
-        _tensor(stream.k),
-        _tensor(stream.v),
-        (_norm(stream.norm_q), _norm(stream.norm_k)),
-        None if rope is None else (_tensor(rope[0]), _tensor(rope[1])),
-        None if span is None else (span.start, span.stop, span.step),
+def _facts(stream: Stream) -> tuple:
+    """All that a layout may know of a stream, as fast as Python can tell it: a `_Part` after the first, its alignment."""
+    q, k, v, rope, span = stream.q, stream.k, stream.v, stream.rope, stream.rope_span
+    if rope is not None:
+        cos, sin = rope
+        rope = (
+            (cos.shape, cos.stride(), cos.dtype, cos.device),
+            (sin.shape, sin.stride(), sin.dtype, sin.device),
+        )
+    return (
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 == 0,
+        (q.shape, q.stride(), q.dtype, q.device),
+        (k.shape, k.stride(), k.dtype, k.device),
+        (v.shape, v.stride(), v.dtype, v.device),
+        _norm(stream.norm_q),
+        _norm(stream.norm_k),
+        rope,
+        span if span is None else (span.start, span.stop, span.step),
     )
 
 
-def _tensor(x: Tensor) -> _Tensor:
-    return _Tensor(x.shape, x.stride(), x.dtype, x.device)
-
-
-def _norm(norm: nn.Module | None) -> _Norm | None:
+def _norm(norm: nn.Module | None) -> tuple | None:
+    """The fields of a `_Norm`."""
     if norm is None:
         return None
-    own = norm.__dict__
-    shape = own.get("normalized_shape") or own.get("dim")
-    return _Norm(type(norm), own.get("eps"), shape, _own(own, "weight") is not None, _own(own, "bias") is not None)
+    get = norm.__dict__.get
+    weights = get("_parameters")
+    return (
+        type(norm),
+        get("eps"),
+        get("normalized_shape") or get("dim"),
+        (weights["weight"] if "weight" in weights else get("weight")) is not None,
+        (weights["bias"] if "bias" in weights else get("bias")) is not None,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(prologue: Prologue, heads: int, is_aligned: bool, *parts: _Part) -> Layout:
+def _layout(of_all: tuple, *facts: tuple) -> Layout:
+    norm_sees, rope_sees, pairs, heads = of_all
+    is_aligned, parts = all(of_one[0] for of_one in facts), [_Part.of(*of_one[1:]) for of_one in facts]
     x = parts[0].q
     head_dim = x.shape[-1] // heads
     reason = (
         _refuses_projections(x, head_dim, parts)
-        or _refuses_norms(prologue, x, head_dim, parts)
-        or _refuses_rope(prologue, x, parts)
+        or _refuses_norms(norm_sees, x, head_dim, parts)
+        or _refuses_rope(norm_sees, rope_sees, pairs, x, parts)
     )
     if reason is not None:
         return Layout(reason)
     q, k, v = (_numbers([getattr(part, name) for part in parts], head_dim) for name in "qkv")
     norm = parts[0].norms[0]
-    across = norm is not None and prologue.norm == "across_heads"
+    across = norm is not None and norm_sees == "across_heads"
     rope, rotation, turned, before = Layout().rope, (), None, 0
     for place, part in enumerate(parts):
         if part.tables is not None:
             rope, turned = _rope(part, before, head_dim), place
-            rounded = prologue.pairs == "halves" and part.tables[0].dtype == x.dtype
-            rotation = (prologue.pairs == "repeated", rounded)
+            rounded = pairs == "halves" and part.tables[0].dtype == x.dtype
+            rotation = (pairs == "repeated", rounded)
         before += part.q.shape[1]
     norm_kind = "none" if norm is None else norm.kind
     form = _form(head_dim, heads * head_dim if across else 0, norm_kind, rope, rotation, q, k, v, is_aligned)
@@ -233,8 +250,8 @@ def _refuses_projections(x: _Tensor, head_dim: int, parts: Sequence[_Part]) -> s
     return None
 
 
-def _refuses_norms(prologue: Prologue, x: _Tensor, head_dim: int, parts: Sequence[_Part]) -> str | None:
-    across = prologue.norm == "across_heads"
+def _refuses_norms(sees: str, x: _Tensor, head_dim: int, parts: Sequence[_Part]) -> str | None:
+    across = sees == "across_heads"
     width = x.shape[-1] if across else head_dim
     norms = [norm for part in parts for norm in part.norms]
     if all(norm is None for norm in norms):
@@ -258,11 +275,11 @@ def _refuses_norms(prologue: Prologue, x: _Tensor, head_dim: int, parts: Sequenc
     return None
 
 
-def _refuses_rope(prologue: Prologue, x: _Tensor, parts: Sequence[_Part]) -> str | None:
+def _refuses_rope(norm_sees: str, rope_sees: str, pairs: str | None, x: _Tensor, parts: Sequence[_Part]) -> str | None:
     turned = [part for part in parts if part.tables is not None]
     if not turned:
         return None
-    if prologue.pairs is None:
+    if pairs is None:
         return "does not know the rotation"
     if len(turned) > 1:
         return "rotates in one stream only"
@@ -274,14 +291,14 @@ def _refuses_rope(prologue: Prologue, x: _Tensor, parts: Sequence[_Part]) -> str
             return f"tables of the rotation are {table.dtype} on {table.device}"
         if table != part.tables[0]:
             return "cos and sin differ in form"
-        if prologue.pairs == "repeated" and table.strides[-1] != 1:
+        if pairs == "repeated" and table.strides[-1] != 1:
             return "tables of the rotation have strides"
         tokens = table.shape[0] if len(table.shape) == 2 else table.shape[1]
         if tokens != len(part.turned):
             return f"tables of {tokens} tokens for {len(part.turned)}"
-    if prologue.rope == "across_heads" and (part.span is not None or prologue.pairs != "repeated"):
+    if rope_sees == "across_heads" and (part.span is not None or pairs != "repeated"):
         return "rotates across heads by repeated tables of all tokens only"
-    if prologue.norm == "per_head" and prologue.rope == "across_heads" and part.norms[0] is not None:
+    if norm_sees == "per_head" and rope_sees == "across_heads" and part.norms[0] is not None:
         return "rotates before the norm"
     return None
 
@@ -335,14 +352,14 @@ def read(prologue: Prologue, heads: int, *streams: Stream) -> Raw:
         q, k, v = (
             (first.q, None, *_weights(first.norm_q, None)),
             (first.k, None, *_weights(first.norm_k, None)),
-            (first.v, *(None,) * 5),
+            (first.v, None),
         )
     else:
         other = streams[1]
         q, k, v = (
             (first.q, other.q, *_weights(first.norm_q, other.norm_q)),
             (first.k, other.k, *_weights(first.norm_k, other.norm_k)),
-            (first.v, other.v, *(None,) * 4),
+            (first.v, other.v),
         )
     tables = (None, None) if layout.turned is None else streams[layout.turned].rope
     for stream in streams:
@@ -362,7 +379,7 @@ def _weights(norm: nn.Module | None, other: nn.Module | None) -> tuple[Tensor | 
 def finished(q: Tensor, k: Tensor, v: Tensor) -> Raw:
     """q, k, v [B, N, H, D] that need nothing more; elements of a head lie side by side."""
     layout = _finished(q.shape[1], k.shape[1], q.shape[3], q.stride(), k.stride(), v.stride(), aligned(q, k, v))
-    return Raw(*((x, *(None,) * 5) for x in (q, k, v)), (None, None), layout)
+    return Raw((q, *(None,) * 5), (k, *(None,) * 5), (v, None), (None, None), layout)
 
 
 @functools.lru_cache(maxsize=4096)

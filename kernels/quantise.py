@@ -16,6 +16,7 @@ Letters: B batch, Nq/Nk queries and keys, H/Hkv heads, D head_dim, W: D up to a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,20 +32,38 @@ from videoattn.prologue import Prologue, Stream, split_heads
 __all__ = ["quantise", "quantise_streams", "refuses"]
 
 
+STATISTICS = {"ELEMENTS": 8192, "MEAN_ELEMENTS": 2048, "num_warps": 8}
+"""Tiles and warps of the first launch. Those of the mean are smaller, lest they take the registers that let three
+programs that read v onto a multiprocessor at a time."""
+
+
 @functools.cache
-def config(heads: int, head_dim: int, across: bool, blocks: int) -> dict[str, int]:
-    """Tiles, and how many parts the heads are cut into. blocks: of KEYS tokens, in all rows of the batch.
+def config(heads: int, head_dim: int, blocks: int, capability: int) -> dict[str, int]:
+    """Tiles, and how many parts the heads are cut into. blocks: of KEYS tokens, in all rows of the batch; capability: 90
+    for Hopper.
 
     Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Four heads of a token of q lie
     side by side: more of a row of memory at once. Rows across heads are read twice, so few tokens a program: what all
-    programs hold must stay in L2.
+    programs hold must stay in L2. With 128 registers a thread four programs fit on a multiprocessor; what is compiled
+    for B200 would spill.
     """
+    wide = head_dim > 128
+    limit = {} if capability == 100 else {"maxnreg": 128}
     return {
-        "ELEMENTS": 4096 if head_dim <= 128 else 8192,
+        "ELEMENTS": 8192 if wide else 4096,
         "HB": 4,
         "SPLIT": max(1, min(heads, 256 // blocks)),
-        "num_warps": 4 if head_dim <= 128 else 8,
+        "num_warps": 8 if wide else 4,
+        **limit,
     }
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _chunks(programs: int) -> int:
@@ -53,18 +72,18 @@ def _chunks(programs: int) -> int:
 
 
 class Plan(NamedTuple):
-    """Both launches of a kind of call, and the shapes of what they write."""
+    """Both launches of a kind of call, and what they write, as torch.empty_strided makes it, which takes less time than empty."""
 
     statistics: Launch
     operands: Launch
-    q: tuple[int, ...]
-    q_scale: tuple[int, ...]
-    k: tuple[int, ...]
-    k_scale: tuple[int, ...]
-    k_mean: tuple[int, ...]
-    v: tuple[int, ...]
-    v_scale: tuple[int, ...]
-    v_max: tuple[int, ...]
+    q: Callable[[], Tensor]
+    q_scale: Callable[[], Tensor]
+    k: Callable[[], Tensor]
+    k_scale: Callable[[], Tensor]
+    k_mean: Callable[[], Tensor]
+    v: Callable[[], Tensor] | None
+    v_scale: Callable[[], Tensor] | None
+    v_max: Callable[[], Tensor] | None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -72,7 +91,7 @@ def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device:
     """Looked up instead of worked out. A plan is of one device: what is compiled is loaded there."""
     form, nq, nk = layout.form, layout.q[0], layout.k[0]
     blocks, k_blocks, width = max(1, -(-max(nq, nk) // KEYS)), -(-nk // KEYS), -(-form.D // 16) * 16
-    settings = dict(config(heads, form.D, form.ACROSS, batch * blocks))
+    settings = dict(config(heads, form.D, batch * blocks, _capability(device)))
     split = settings.pop("SPLIT")
     q_split, k_split = split, min(split, kv_heads)
     has_v = pv != "16bit"
@@ -80,7 +99,7 @@ def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device:
     statistics = Launch(
         batch * kv_heads * (chunks + 1 if has_v else 1),
         (kv_heads, *layout.k, *layout.v, *layout.rope),
-        {"CHUNKS": chunks, "ELEMENTS": 8192, "FORM": form, "num_warps": 8},
+        {"CHUNKS": chunks, **STATISTICS, "FORM": form},
     )
     rows = settings["ELEMENTS"] // form.DP
     q_programs = KEYS // min(rows // settings["HB"], KEYS) * q_split
@@ -92,17 +111,23 @@ def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device:
         (heads, kv_heads, blocks, q_split, k_split, *layout.q, *layout.k, *layout.v, *layout.rope),
         {**constants, "LEVELS": 448.0 if pv == "fp8" else 127.0, "FORM": form},
     )
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+        strides = torch.empty(shape, device="meta").stride()
+        return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
+
+    v_dtype = torch.float8_e4m3fn if pv == "fp8" else torch.int8
     return Plan(
         statistics,
         operands,
-        q=(batch, heads, nq, width),
-        q_scale=(batch, heads, nq),
-        k=(batch, kv_heads, nk, width),
-        k_scale=(batch, kv_heads, k_blocks, 4),
-        k_mean=(batch, kv_heads, form.D),
-        v=(batch, kv_heads, width, k_blocks * KEYS),
-        v_scale=(batch, kv_heads, form.D),
-        v_max=(batch, kv_heads, form.D, chunks),
+        q=empty(batch, heads, nq, width, dtype=torch.int8),
+        q_scale=empty(batch, heads, nq),
+        k=empty(batch, kv_heads, nk, width, dtype=torch.int8),
+        k_scale=empty(batch, kv_heads, k_blocks, 4),
+        k_mean=empty(batch, kv_heads, form.D),
+        v=empty(batch, kv_heads, width, k_blocks * KEYS, dtype=v_dtype) if has_v else None,
+        v_scale=empty(batch, kv_heads, form.D) if has_v else None,
+        v_max=empty(batch, kv_heads, form.D, chunks, dtype=torch.int16) if has_v else None,
     )
 
 
@@ -125,7 +150,9 @@ def quantise(
         return_lse: whether to make lse_shift.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    return _launch(finished(q, k, v), q.shape[2], k.shape[2], v, pv, scale, kv_len, return_lse)
+    return _launch(
+        finished(q, k, v), q.shape[2], k.shape[2], v if pv == "16bit" else None, pv, scale, kv_len, return_lse
+    )
 
 
 def quantise_streams(
@@ -139,7 +166,7 @@ def quantise_streams(
 ) -> Quantised:
     """Operands from raw projections, where `refuses` has nothing against them; empties the streams. See `quantise`."""
     raw = read(prologue, heads, *streams)
-    v0, v1 = raw.v[:2]
+    v0, v1 = raw.v
     v = None
     if pv == "16bit":
         v = split_heads(v0 if v1 is None else torch.cat((v0, v1), dim=1), heads)
@@ -150,25 +177,20 @@ def _launch(
     raw: Raw,
     heads: int,
     kv_heads: int,
-    v: Tensor | None,
+    v: Tensor | None,  # as it came, where it stays so
     pv: PV,
     scale: float | None,
     kv_len: Tensor | None,
     return_lse: bool,
 ) -> Quantised:
     x, layout = raw.q[0], raw.layout
-    device = x.device
-    plan = _plan(layout, heads, kv_heads, x.shape[0], pv, device)
-    fp32, int8 = torch.float32, torch.int8
-    q8, q_scale = torch.empty(plan.q, dtype=int8, device=device), torch.empty(plan.q_scale, dtype=fp32, device=device)
-    k8, k_scale = torch.empty(plan.k, dtype=int8, device=device), torch.empty(plan.k_scale, dtype=fp32, device=device)
-    k_mean = torch.empty(plan.k_mean, dtype=fp32, device=device)
-    lse_shift = torch.empty(plan.q_scale, dtype=fp32, device=device) if return_lse else None
+    plan = _plan(layout, heads, kv_heads, x.shape[0], pv, x.device)
+    q8, q_scale, k8, k_scale, k_mean = plan.q(), plan.q_scale(), plan.k(), plan.k_scale(), plan.k_mean()
+    lse_shift = plan.q_scale() if return_lse else None
     out = v_scale = v_max = None
-    if pv != "16bit":
-        v = out = torch.empty(plan.v, dtype=torch.float8_e4m3fn if pv == "fp8" else int8, device=device)
-        v_scale = torch.empty(plan.v_scale, dtype=fp32, device=device)
-        v_max = torch.empty(plan.v_max, dtype=torch.int16, device=device)
+    if v is None:
+        v = out = plan.v()
+        v_scale, v_max = plan.v_scale(), plan.v_max()
     qk_scale = scale_log2(scale, layout.form.D)
     with on_device_of(x):
         plan.statistics(_statistics, (*raw.k, *raw.v, *raw.tables, kv_len, k_mean, v_max), layout.eps)

@@ -64,7 +64,7 @@ def _length(kv_lens, b, tokens):
 @triton.jit(do_not_specialize=["kv_heads", *_NUMBERS[len(_SOURCE) :]])
 def _statistics(
     k0, k1, k_w0, k_w1, k_b0, k_b1,
-    v0, v1, v_w0, v_w1, v_b0, v_b1,
+    v0, v1,
     cos, sin, kv_lens,
     k_mean,  # fp32 [B, Hkv, D]
     v_max,  # int16 [B, Hkv, D, CHUNKS], or None
@@ -73,7 +73,7 @@ def _statistics(
     k_tokens, k_border, k_sb0, k_sn0, k_sb1, k_sn1, k_sh,
     v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh,
     rope_first, rope_last, rope_sb, rope_sn, rope_sh, rope_sp,
-    CHUNKS: tl.constexpr, ELEMENTS: tl.constexpr,
+    CHUNKS: tl.constexpr, ELEMENTS: tl.constexpr, MEAN_ELEMENTS: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
     """Mean of k over some tokens; greatest absolute values of v, as its own 16 bits.
@@ -91,7 +91,7 @@ def _statistics(
     if chunk < 0:
         k = Source(k0, k1, k_w0, k_w1, k_b0, k_b1, k_tokens, k_border, k_sb0, k_sn0, k_sb1, k_sn1, k_sh)
         rope = Rope(cos, sin, rope_first, rope_last, rope_sb, rope_sn, rope_sh, rope_sp)
-        R: tl.constexpr = min(ELEMENTS // DP, SAMPLES)
+        R: tl.constexpr = min(MEAN_ELEMENTS // DP, SAMPLES)
         stride = tl.maximum((length + SAMPLES - 1) // SAMPLES, 1) | 1  # odd: not the same column of every line
         count = (length + stride - 1) // stride
         zero = h * 0
@@ -102,7 +102,7 @@ def _statistics(
             rows = token_rows(k, b, zero, tokens, FORM)
             inverse = tl.zeros([1], tl.float32)
             if FORM.ACROSS:
-                inverse = inverse_rms(rows, here, eps, ELEMENTS, FORM)
+                inverse = inverse_rms(rows, here, eps, MEAN_ELEMENTS, FORM)
             c, s = 0.0, 0.0
             if FORM.ROTATE and not FORM.BY_HEAD:
                 c, s = tables(rope, b, zero, tokens, tl.zeros([1], tl.int32), here, FORM)
@@ -112,7 +112,7 @@ def _statistics(
         tl.store(k_mean + head * FORM.D + d, total / tl.maximum(count, 1), d < FORM.D)
     elif v_max is not None:  # Triton 3.6 compiles both branches
         VT: tl.constexpr = ELEMENTS // DP
-        v = Source(v0, v1, v_w0, v_w1, v_b0, v_b1, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
+        v = Source(v0, v1, None, None, None, None, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
         r = tl.arange(0, VT)
         top = tl.zeros([VT, DP], tl.int16)
         part = load_rows(v, token_rows(v, b, chunk * VT, r, FORM), heads, chunk * VT + r < length, FORM)
@@ -128,7 +128,7 @@ def _statistics(
 def _operands(
     q0, q1, q_w0, q_w1, q_b0, q_b1,
     k0, k1, k_w0, k_w1, k_b0, k_b1,
-    v0, v1, v_w0, v_w1, v_b0, v_b1,
+    v0, v1,
     cos, sin, kv_lens, k_mean, v_max,
     q8, q_scale, k8, k_scale, v8, v_scale,
     lse_shift,
@@ -177,7 +177,7 @@ def _operands(
                 kv_heads, EPS, GROUPS, FORM,
             )  # fmt: skip
     elif v8 is not None and block * KEYS < v_tokens:
-        v = Source(v0, v1, v_w0, v_w1, v_b0, v_b1, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
+        v = Source(v0, v1, None, None, None, None, v_tokens, v_border, v_sb0, v_sn0, v_sb1, v_sn1, v_sh)
         h = part - q_programs - k_programs
         _quantise_v(v, kv_lens, v_max, v8, v_scale, b, block, h, kv_heads, CHUNKS, V_WIDTH, LEVELS, FORM)
 

@@ -149,8 +149,13 @@ class Launch:
     def __call__(self, kernel: JITFunction, tensors: tuple[Tensor | Tiles | None, ...], *scale: float) -> None:
         """Run `kernel` on the current device: its parameters are tensors or tiles of them, a scale, if any, the numbers
         and the constants."""
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
-        key = (id(kernel), *map(_kind, tensors, addresses))
+        addresses = [x if x is None or type(x) is Tiles else x.data_ptr() for x in tensors]
+        # What of an argument makes another kernel. In place, since calls of Python's cost more than what they would do.
+        kinds = [
+            x if x is None else x.base.dtype if type(x) is Tiles else (x.dtype, x.is_cuda, not address & 15)
+            for x, address in zip(tensors, addresses, strict=True)
+        ]
+        key = (id(kernel), *kinds)
         found = self._found.get(key)
         if found is not None:
             launch, numbers_and_constants = found
@@ -161,13 +166,6 @@ class Launch:
         if compiled is not None:  # as it is in the interpreter
             constants = (self.constants[name] for name in kernel.arg_names if name in self.constants)
             self._found[key] = compiled[self.grid], (*self.numbers, *constants)
-
-
-def _kind(x: Tensor | Tiles | None, address: int | Tiles | None) -> tuple | torch.dtype | None:
-    """What of an argument makes another kernel."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.is_cuda, not address & 15
-    return x if x is None else x.base.dtype
 
 
 def _descriptor(x: Tiles) -> TensorDescriptor:

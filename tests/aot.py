@@ -236,7 +236,7 @@ def compiled(case: Case) -> Figures:
         for name in {"prepare": ["_prepare"], "quantise": ["_statistics", "_operands"]}.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
         stack.enter_context(mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)))
-        for of_card in (flash, quantised):
+        for of_card in (flash, quantise, quantised):
             stack.enter_context(mock.patch.object(of_card, "_capability", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))
         if case.kernel == "quantised":
