@@ -89,6 +89,15 @@ def test_quantised_attention_that_was_not_measured_is_not_taken():
     assert Evidence(sources=()).choose(CALL, NAMES, ("quantised",))[0] == TORCH
 
 
+def test_quantised_attention_goes_by_the_nearest_row_where_it_was_measured():
+    far = replace(CALL, q_len=32, kv_len=32)
+    evidence = Evidence(sources=(source(row(own=0.5), row(far, quantised=0.25)),))
+    for call in (CALL, far):
+        assert evidence.choose(call, NAMES, ("quantised",)) == ("quantised", "measured 4.00x of torch's choice")
+    too_far = replace(CALL, q_len=8, kv_len=8)
+    assert evidence.choose(too_far, NAMES, ("quantised",))[0] == "own"
+
+
 def test_times_of_another_architecture_must_speak_louder_for_quantised_attention_too():
     near, far = (Evidence(sources=(source(row(quantised=1 / gain), borrowed="sm_90"),)) for gain in (1.4, 1.6))
     assert near.choose(CALL, NAMES, ("quantised",))[0] == TORCH

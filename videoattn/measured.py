@@ -123,12 +123,15 @@ class Table:
         unfinished.write_text(text)
         unfinished.replace(path)
 
-    def gains(self, call: Call, default: str) -> dict[str, float]:
+    def gains(self, call: Call, default: str, names: Sequence[str] = ()) -> dict[str, float]:
         """Backend -> time of `default` over its own, at the row nearest to the call; empty if that was not measured.
 
         Rows as near as each other are the same call in another order of memory: the least of their gains counts.
+
+        names: only rows with a time of one of these count; all where there are none.
         """
-        rows = [(row.distance(call), row.ms) for row in self.rows if default in row.ms]
+        known = [row for row in self.rows if default in row.ms and (not names or not row.ms.keys().isdisjoint(names))]
+        rows = [(row.distance(call), row.ms) for row in known]
         nearest = min((distance for distance, _ in rows), default=math.inf)
         if nearest > FARTHEST:
             return {}
@@ -160,9 +163,12 @@ class Source:
         if gains[best] < (BORROWED_GAIN if self.borrowed else GAIN):
             best = default
         margin = BORROWED_GAIN if self.borrowed else BOUNDED_GAIN
-        quantised = max((name for name in bounded if name in gains), key=gains.__getitem__, default=None)
-        if quantised is not None and gains[quantised] >= margin * gains[best]:
-            best = quantised
+        bounded_gains = self.table.gains(call, default, bounded) if bounded else {}
+        quantised = max(
+            (name for name in bounded if name in bounded_gains), key=bounded_gains.__getitem__, default=None
+        )
+        if quantised is not None and bounded_gains[quantised] >= margin * gains[best]:
+            best, gains = quantised, bounded_gains
         what = "none is faster" if best == default else f"{gains[best]:.2f}x of {_label(default)}"
         if not self.borrowed:
             return best, f"measured {what}"
