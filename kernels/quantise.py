@@ -66,9 +66,10 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _chunks(programs: int) -> int:
-    """Parts of v, each with maxima of its own: enough programs to read it at full speed."""
-    return max(4, min(32, triton.next_power_of_2(-(-384 // programs))))
+def _chunks(programs: int, tokens: int, padded: int) -> int:
+    """Parts of v, each with maxima of its own: enough programs to read it at full speed, and no more than tiles."""
+    tiles = -(-tokens * padded // STATISTICS["ELEMENTS"])
+    return max(4, min(32, triton.next_power_of_2(-(-384 // programs)), triton.next_power_of_2(max(1, tiles))))
 
 
 class Plan(NamedTuple):
@@ -95,7 +96,7 @@ def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device:
     split = settings.pop("SPLIT")
     q_split, k_split = split, min(split, kv_heads)
     has_v = pv != "16bit"
-    chunks = _chunks(batch * kv_heads) if has_v else 1
+    chunks = _chunks(batch * kv_heads, nk, form.DP) if has_v else 1
     statistics = Launch(
         batch * kv_heads * (chunks + 1 if has_v else 1),
         (kv_heads, *layout.k, *layout.v, *layout.rope),
