@@ -152,7 +152,9 @@ class Scopes:
         def after(module: nn.Module, args: object, output: object) -> None:
             leave(scope)
 
-        before.observes = after.observes = True  # so that what reads a norm's weights instead of calling it does so still
+        before.observes = after.observes = (
+            True  # so that what reads a norm's weights instead of calling it does so still
+        )
         self._undo.callback(module.register_forward_pre_hook(before, prepend=True).remove)
         self._undo.callback(module.register_forward_hook(after, always_call=True).remove)
 
