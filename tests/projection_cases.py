@@ -41,7 +41,7 @@ def norm(cls, width, dtype=BF16, eps=1e-6):
     return made
 
 
-def make(name, *, batch=2, tokens=150, heads=3, head_dim=40, dtype=BF16, table=torch.float32, fused=False):
+def make(name, *, batch=2, tokens=70, heads=3, head_dim=24, dtype=BF16, table=torch.float32, fused=False):
     """A family's case. table: dtype of cos and sin; fused: q, k and v are slices of one projection."""
 
     def projections(n):

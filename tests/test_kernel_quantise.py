@@ -46,7 +46,7 @@ def test_every_family(name, poisoned):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("wan", {"tokens": 35, "head_dim": 128, "heads": 5, "batch": 1, "fused": True}),
+        ("wan", {"tokens": 19, "head_dim": 128, "heads": 5, "batch": 1, "fused": True}),
         ("hunyuan dual", {"tokens": 120, "head_dim": 24, "heads": 2, "batch": 1, "fused": True, "dtype": FP16}),
     ],
     ids=str,
@@ -56,7 +56,7 @@ def test_how_p_v_is_multiplied(pv, name, options, poisoned):
 
 
 def test_the_same_bits_twice(poisoned):
-    case = make("cogvideox", tokens=140, head_dim=64, heads=2, batch=1)
+    case = make("cogvideox", tokens=120, head_dim=64, heads=1, batch=1)
     once, again = (
         quantise_streams(case.prologue, case.heads, *streams(case), pv="int8", return_lse=True) for _ in range(2)
     )
@@ -67,7 +67,7 @@ def test_the_same_bits_twice(poisoned):
 @pytest.mark.parametrize(
     # B, Nq, Nk, H, Hkv, D
     "shape",
-    [(2, 40, 150, 4, 2, 72), (1, 1, 1, 1, 1, 16), (1, 130, 128, 2, 2, 64), (1, 9, 127, 3, 1, 256)],
+    [(2, 9, 130, 2, 1, 72), (1, 1, 1, 1, 1, 16), (1, 130, 128, 2, 2, 64), (1, 9, 127, 3, 1, 256)],
     ids=str,
 )
 def test_finished_tensors_of_any_strides(shape, layout, poisoned):
