@@ -105,8 +105,8 @@ def load_rows(x, rows, heads, keep, FORM: tl.constexpr):
     """The rows [R, DP] of `heads` ([R], or [1] where all are of one head); 0 beyond D or where `keep` is not set."""
     ALIGN: tl.constexpr = FORM.ALIGN
     d = tl.arange(0, FORM.DP)
-    places = tl.multiple_of(heads * x.sh, ALIGN)[:, None] + d[None, :]
-    return tl.load(rows[:, None] + places, keep[:, None] & (d < FORM.D)[None, :], 0.0)
+    rows = rows + tl.multiple_of(heads.to(tl.int64) * x.sh, ALIGN)
+    return tl.load(rows[:, None] + d[None, :], keep[:, None] & (d < FORM.D)[None, :], 0.0)
 
 
 @triton.jit

@@ -282,7 +282,7 @@ def _quantise_v(
     start = block * KEYS
     here = start + tokens < _length(kv_lens, b, v.tokens)
     head = (b * kv_heads + h).to(tl.int64)
-    rows = token_rows(v, b, start, tokens, FORM) + tl.multiple_of(h * v.sh, ALIGN)
+    rows = token_rows(v, b, start, tokens, FORM) + tl.multiple_of(h.to(tl.int64) * v.sh, ALIGN)
     tops = v_max + head * FORM.D * CHUNKS
     padded = (v.tokens + KEYS - 1) // KEYS * KEYS
     out = v8 + head * W * padded + start
