@@ -21,12 +21,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def newest(name: str, *identity: str, **where: str) -> list[Row]:
-    """The newest row of each identity in a CSV file, of the card, in the order in which they first came."""
+def newest(name: str, *identity: str, card: str = CARD, **where: str) -> list[Row]:
+    """The newest row of each identity in a CSV file, of a card ("": any), in the order in which they first came."""
     found: dict[tuple[str, ...], Row] = {}
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["gpu"] == CARD and all(row[column] == value for column, value in where.items()):
+            if card in ("", row["gpu"]) and all(row[column] == value for column, value in where.items()):
                 found[tuple(row[column] for column in identity)] = row
     return list(found.values())
 
@@ -64,7 +64,7 @@ def hard_inputs() -> str:
 
 
 def int4() -> str:
-    found = {row["case"]: float(row["value"]) for row in newest("quantised_error", "case", metric="cosine")}
+    found = {row["case"]: float(row["value"]) for row in newest("quantised_error", "case", card="", metric="cosine")}
     paper = {"none": "80.04 %", "k": "98.07 %", "q": "98.30 %", "both": "99.46 %"}
     rows = []
     for name, published in paper.items():
@@ -123,18 +123,6 @@ def forwards() -> str:
     return table(["denoiser", "preset", "against", "its ms", "ms", "ratio", "commit"], rows)
 
 
-def quality() -> str:
-    found: dict[str, dict[str, str]] = {}
-    for row in newest("quality", "case", "metric"):
-        found.setdefault(row["case"], {})[row["metric"]] = row["value"]
-    rows = [
-        [case.removeprefix("tiny-wan "), f"{float(of['psnr_mean_db']):.1f}", f"{float(of['psnr_worst_db']):.1f}"]
-        for case, of in found.items()
-        if "psnr_mean_db" in of
-    ]
-    return table(["against exact attention, same seeds", "PSNR, mean dB", "worst dB"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made for made in (precisions, hard_inputs, int4, times, passes, forwards, quality)
+    made.__name__: made for made in (precisions, hard_inputs, int4, times, passes, forwards)
 }
