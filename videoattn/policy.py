@@ -75,7 +75,7 @@ EXACT = Dense()
 def acceptable(decision: Decision) -> tuple[Decision, ...]:
     """The decision, then those that may stand in for it: nothing that errs more."""
     if isinstance(decision, Sparse):
-        return decision, EXACT
+        return decision, *acceptable(Dense(decision.precision))
     return decision, *map(Dense, FINER[decision.precision])
 
 
