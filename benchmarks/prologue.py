@@ -25,7 +25,7 @@ from videoattn.pipelines import cogvideox, hunyuan_video, ltx, wan
 from videoattn.prologue import Prologue, Rope, Stream
 
 LOG2_E = 1.4426950408889634
-TOLERANCE = {"prepare": 1e-2, "quantise": 2e-2}  # relative L2 of q and k: two roundings of bf16; INT8 makes 0.01
+TOLERANCE = {"prepare": 1e-2, "quantise": 2e-2}  # relative L2 of q: two roundings of bf16; INT8 makes 0.01
 
 
 @dataclass(frozen=True, kw_only=True)

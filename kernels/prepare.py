@@ -99,7 +99,8 @@ def _rows(
     for h in range(low, high, HB):
         heads_now = h + heads_of
         following = load_rows(x, rows, heads_now + HB, here & (heads_now + HB < high), FORM)
-        y = finish(tile, inverse, c, s, x, rope, b, start, tokens, heads_now, eps, True, FORM)
+        there = tl.minimum(heads_now, high - 1)  # of weights and tables no more is read than there is
+        y = finish(tile, inverse, c, s, x, rope, b, start, tokens, there, eps, True, FORM)
         keep = (here & (heads_now < high))[:, None] & (d < FORM.D)[None, :]
         tl.store(out + (places[:, None] + (heads_now[:, None] * FORM.D + d[None, :])), y, keep)
         tile = following

@@ -129,6 +129,10 @@ def refuses(prologue: Prologue, heads: int, *streams: Stream) -> str | None:
 def _changed(streams: Sequence[Stream]) -> str | None:
     """What hooks and weights have against it, which may have come or moved since the last call."""
     global_hooks = torch_module._has_any_global_hook()
+    if len(streams) == 2:
+        for a, b in ((streams[0].norm_q, streams[1].norm_q), (streams[0].norm_k, streams[1].norm_k)):
+            if a is not None and b is not None and _dtypes(a) != _dtypes(b):
+                return "weights of the streams' norms differ in dtype"
     for stream in streams:
         x = stream.q
         for norm in (stream.norm_q, stream.norm_k):
@@ -150,6 +154,11 @@ def _changed(streams: Sequence[Stream]) -> str | None:
                 if weight is not None and not (weight.device == x.device and weight.is_contiguous()):
                     return f"weights of the norm {_name(norm)} lie elsewhere or in another form"
     return None
+
+
+def _dtypes(norm: nn.Module) -> tuple[torch.dtype | None, ...]:
+    weights = (_own(norm.__dict__, name) for name in ("weight", "bias"))
+    return tuple(None if weight is None else weight.dtype for weight in weights)
 
 
 def _observes(hook: object) -> bool:
@@ -283,9 +292,11 @@ def _refuses_rope(norm_sees: str, rope_sees: str, pairs: str | None, x: _Tensor,
         return "does not know the rotation"
     if len(turned) > 1:
         return "rotates in one stream only"
-    (part,) = turned
-    if part.k.shape[1] != part.q.shape[1]:
+    if any(part.k.shape[1] != part.q.shape[1] for part in parts):
         return "rotates q and k of one length only"
+    (part,) = turned
+    if part.turned.step != 1:
+        return "rotates neighbouring tokens only"
     for table in part.tables:
         if table.dtype not in _FLOATS or table.device != x.device:
             return f"tables of the rotation are {table.dtype} on {table.device}"
@@ -296,7 +307,8 @@ def _refuses_rope(norm_sees: str, rope_sees: str, pairs: str | None, x: _Tensor,
         tokens = table.shape[0] if len(table.shape) == 2 else table.shape[1]
         if tokens != len(part.turned):
             return f"tables of {tokens} tokens for {len(part.turned)}"
-    if rope_sees == "across_heads" and (part.span is not None or pairs != "repeated"):
+    by_token = len(part.tables[0].shape) == 2
+    if rope_sees == "across_heads" and (part.span is not None or pairs != "repeated" or by_token):
         return "rotates across heads by repeated tables of all tokens only"
     if norm_sees == "per_head" and rope_sees == "across_heads" and part.norms[0] is not None:
         return "rotates before the norm"

@@ -97,7 +97,7 @@ def _statistics(
         zero = h * 0
         total = tl.zeros([DP], tl.float32)
         for first in range(0, count, R):
-            tokens = (first + tl.arange(0, R)) * stride
+            tokens = (first + tl.arange(0, R)).to(tl.int64) * stride  # times a stride they may pass 2^31
             here = tokens < length
             rows = token_rows(k, b, zero, tokens, FORM)
             inverse = tl.zeros([1], tl.float32)
@@ -204,7 +204,8 @@ def _quantise_q(
     tile = load_rows(q, rows, low + heads_of, here & (low + heads_of < high), FORM)
     for h in range(low, high, HB):
         following = load_rows(q, rows, h + HB + heads_of, here & (h + HB + heads_of < high), FORM)
-        x = finish(tile, inverse, c, s, q, rope, b, start, tokens, h + heads_of, eps, False, FORM)
+        there = tl.minimum(h + heads_of, high - 1)  # of weights and tables no more is read than there is
+        x = finish(tile, inverse, c, s, q, rope, b, start, tokens, there, eps, False, FORM)
         scale, inverse_scale = _scale(tl.max(_bits(x), 1), 127.0)
         keep = here & (h + heads_of < high)
         first = (b * heads + h).to(tl.int64) * q.tokens + start
@@ -245,7 +246,7 @@ def _quantise_k(
     if FORM.ROTATE and not FORM.BY_HEAD:
         c, s = tables(rope, b, start, tokens, zero, here, FORM)
     blocks = (k.tokens + KEYS - 1) // KEYS
-    tile = load_rows(k, rows, low + zero, here, FORM)
+    tile = load_rows(k, rows, low + zero, here & (low < high), FORM)  # the last part may have no head
     for h in range(low, high):
         following = load_rows(k, rows, h + 1 + zero, here & (h + 1 < high), FORM)
         head = (b * kv_heads + h).to(tl.int64)

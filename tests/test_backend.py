@@ -77,7 +77,7 @@ def test_the_table_chooses_between_what_is_asked_for_and_what_errs_less(among, m
     taken = 1
     choice = select(CALL, BOUNDED)
     assert (choice.backend.name, choice.decision) == ("sixteen", FINER)
-    assert choice.why == "int8_qk_fp8_pv -> int8_qk_16bit_pv: not faster; measured 2.00x"
+    assert choice.why == "int8_qk_fp8_pv -> int8_qk_16bit_pv: not measured faster; measured 2.00x"
     assert asked == [(("sdpa",), ("eight", "sixteen"))] * 2
 
 
@@ -99,7 +99,7 @@ def test_what_was_not_measured_stays_exact(among):
     among(Stub("sdpa"), Stub("quantised", takes=(BOUNDED,)))
     choice = select(CALL, BOUNDED)
     assert (choice.backend.name, choice.decision) == ("sdpa", EXACT)
-    assert choice.why == "int8_qk_fp8_pv -> exact: not faster"
+    assert choice.why == "int8_qk_fp8_pv -> exact: not measured faster"
 
 
 def test_a_named_backend_is_for_the_decisions_that_it_computes(among):

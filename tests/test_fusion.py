@@ -13,6 +13,7 @@ from videoattn import fusion, runner
 from videoattn.kernels import prepare, quantised
 from videoattn.policy import EXACT, Dense
 from videoattn.runner import Runner
+from videoattn.testing import make_qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -45,7 +46,9 @@ def test_exact_attention_of_raw_projections(name):
     out = run.attend(case.prologue, case.heads, *given)
     assert all(x is None for stream in given for x in (stream.q, stream.k, stream.v))
     (plan,) = run.plans.values()
-    assert plan.prologue == case.prologue and plan.calls == 1 and plan.choice.why == "named by the caller"
+    assert (
+        plan.prologue == case.prologue and plan.fused and plan.calls == 1 and plan.choice.why == "named by the caller"
+    )
     assert out.is_contiguous() and relative(out, by_torch(run, case)) < 4 * torch.finfo(out.dtype).eps
     assert torch.equal(attended(run, case), out)
     assert plan.calls == 2 and len(run.plans) == 2  # the other is of q, k and v
@@ -60,7 +63,7 @@ def test_a_backend_that_quantises_makes_its_operands_itself(monkeypatch):
     run = Runner("full", Dense("int8_qk_16bit_pv"), "triton_int8_16bit")
     out = attended(run, case)
     (plan,) = run.plans.values()
-    assert plan.prologue is not None and str(plan.choice.decision) == "int8_qk_16bit_pv"
+    assert plan.fused and str(plan.choice.decision) == "int8_qk_16bit_pv"
     assert 0 < relative(out, by_torch(Runner("full", EXACT), case)) < 0.03
 
 
@@ -78,7 +81,7 @@ def test_a_wrong_pass_is_passed_over(monkeypatch):
     ):
         out = attended(run, case)
     (plan,) = run.plans.values()
-    assert plan.prologue is None and plan.choice.why.startswith("norm and rotation in torch, since in one pass: ")
+    assert not plan.fused and plan.choice.why.startswith("norm and rotation in torch, since in one pass: ")
     assert torch.equal(out, by_torch(run, case))
     assert torch.equal(attended(run, case), out)  # and it is asked once
 
@@ -100,7 +103,7 @@ def test_a_hook_on_a_norm_keeps_it_in_torch():
     handle = norm.register_forward_hook(lambda module, args, out: called.append(module))
     out = attended(run, case)
     handle.remove()
-    assert called == [norm] and all(plan.prologue is None for plan in run.plans.values())
+    assert called == [norm] and not any(plan.fused for plan in run.plans.values())
     assert torch.equal(out, by_torch(run, case))
 
 
@@ -126,4 +129,41 @@ def test_what_was_not_finite_goes_back_to_torch(monkeypatch):
     (line,) = run.replace_flagged()
     assert line.startswith("output of triton_int8_16bit was not finite")
     assert torch.equal(attended(run, case), by_torch(Runner("full", EXACT, "sdpa"), case))
-    assert not plan.choice.backend.own and plan.calls == 2
+    assert not plan.choice.backend.own and not plan.fused and plan.calls == 2
+
+
+@torch.no_grad()
+def test_a_plan_without_the_pass_goes_back_to_torch_too(monkeypatch):
+    """One whose pass was found wrong, and whose kernel then gives what is not finite."""
+    case = make("wan", tokens=40)
+    (backend,) = (backend for backend in quantised.BACKENDS if backend.name == "triton_int8_16bit")
+    monkeypatch.setattr(backend, "refuses", lambda call, decision: None)
+    monkeypatch.setattr(fusion, "fault", lambda *args: "planted")
+    run = Runner("full", Dense("int8_qk_16bit_pv"), "triton_int8_16bit")
+    with pytest.warns(RuntimeWarning, match="in one pass: planted"):
+        attended(run, case)
+    run.backend = "auto"
+    (plan,) = run.plans.values()
+    plan.flag.fill_(1)
+    assert len(run.replace_flagged()) == 1
+    assert torch.equal(attended(run, case), by_torch(Runner("full", EXACT, "sdpa"), case))
+
+
+@torch.no_grad()
+def test_exact_calls_beside_a_named_kernel_that_quantises_are_not_named():
+    run = Runner("full", EXACT, "triton_int8_16bit")
+    q, k, v = make_qkv(1, 8, 8, 2, 16, device=DEVICE)
+    run(q, k, v)
+    (plan,) = run.plans.values()
+    assert plan.choice.backend.name == "sdpa" and not run.named(plan)
+
+
+@torch.no_grad()
+def test_empty_streams_and_lengths_elsewhere_take_the_way_of_torch():
+    run = Runner("full", EXACT, "sdpa")
+    case = make("wan", tokens=40)
+    (stream,) = streams(case)
+    x = stream.q[:0]
+    empty = replace(stream, q=x, k=x, v=x)
+    assert fusion.refuses(case.prologue, case.heads, [empty]) == "takes no empty tensors"
+    assert run.attend(case.prologue, case.heads, empty).shape[0] == 0

@@ -255,6 +255,15 @@ def test_refuses_the_rest():
     case = make("cogvideox")
     case.parts[0][4] = slice(3, None)
     assert "tokens for" in refuses(case.prologue, case.heads, *streams(case))
+    case.parts[0][4] = slice(0, None, 2)
+    assert refuses(case.prologue, case.heads, *streams(case)) == "rotates neighbouring tokens only"
+    case = make("ltx")
+    case.parts[0][3] = tuple(table[0] for table in case.parts[0][3])
+    assert "by repeated tables of all tokens only" in refuses(case.prologue, case.heads, *streams(case))
+    case = make("hunyuan dual")
+    for part, dtype in zip(case.parts, (BF16, torch.float32), strict=True):
+        part[1], part[2] = (norm(nn.RMSNorm, case.head_dim).to(dtype) for _ in range(2))
+    assert refuses(case.prologue, case.heads, *streams(case)) == "weights of the streams' norms differ in dtype"
 
 
 def test_refuses_while_all_modules_are_hooked():

@@ -94,6 +94,10 @@ def test_quantised_attention_goes_by_the_nearest_row_where_it_was_measured():
     evidence = Evidence(sources=(source(row(own=0.5), row(far, quantised=0.25)),))
     for call in (CALL, far):
         assert evidence.choose(call, NAMES, ("quantised",)) == ("quantised", "measured 4.00x of torch's choice")
+    slower = Evidence(
+        sources=(source(row(own=0.8), row(far, own=0.5, quantised=0.49)),)
+    )  # 2.04x there, of which own has 2
+    assert slower.choose(CALL, NAMES, ("quantised",))[0] == "own"
     too_far = replace(CALL, q_len=8, kv_len=8)
     assert evidence.choose(too_far, NAMES, ("quantised",))[0] == "own"
 

@@ -1,11 +1,14 @@
 """`videoattn tune`: what is measured of each layer, what is chosen by it, and the file that a policy reads."""
 
+import math
+
 import pytest
 import tiny_pipelines
 import torch
 
 import videoattn
 from videoattn import cli, runner, tuning
+from videoattn.call import Step
 from videoattn.policy import Policy
 from videoattn.testing import make_hard_qkv, make_qkv
 from videoattn.tuning import OFFERED, STUDIED, Error, Target, Tuning
@@ -68,6 +71,21 @@ def test_a_part_that_was_not_seen_stays_exact():
 def test_the_worst_counts_in_each_metric():
     a, b = Error(cosine=0.9, rel_l1=0.1, rel_l2=0.3), Error(cosine=0.8, rel_l1=0.2, rel_l2=0.1)
     assert a.worse(b) == b.worse(a) == Error(cosine=0.8, rel_l1=0.2, rel_l2=0.3)
+
+
+def test_what_was_not_a_number_once_is_not_chosen():
+    seen = BAD.worse(Error(cosine=math.nan, rel_l1=math.nan, rel_l2=math.nan))
+    for target in ("cosine=0", "rel_l1=1", "rel_l2=1"):
+        assert not Target.parse(target).kept_by(seen) and not Target.parse(target).kept_by(seen.worse(GOOD))
+
+
+def test_the_table_names_the_steps_that_a_policy_has_in_each_part():
+    made = tuned("cosine=0.99", a=[errors()] * 3)
+    made = Tuning(**{**vars(made), "steps": 20})
+    policy = made.policy().tuned
+    parts = [policy.range_of(Step(index=index, total=20)) for index in range(20)]
+    spans = [f"{parts.index(part)}-{19 - parts[::-1].index(part)}" for part in range(3)]
+    assert all(span in str(made) for span in spans) and spans == ["0-6", "7-13", "14-19"]
 
 
 def test_precisions_err_in_the_order_of_their_bits():

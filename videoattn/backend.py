@@ -139,7 +139,7 @@ def select(
         if named is not None:
             reason = ""
         elif any(accepted[each][1] == decision for each in accepted):
-            reason = "not faster"
+            reason = "not measured faster"
         elif call.device.type == "cpu":
             reason = "no GPU"
         else:

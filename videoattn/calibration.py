@@ -72,7 +72,8 @@ def calibrate(
             raise ValueError(f"{path}: wanted a table of this {card.gpu} to update, got one of {old.gpu}")
     lines, faults, notes = _measure(attention.rows(only, max_gflop), device, seconds, old)
     if not lines:
-        raise ValueError("calibrate: nothing was measured: " + "; ".join(faults + notes))
+        why = "; ".join(faults + notes) or "the table has every kernel of these calls"
+        raise ValueError(f"calibrate: nothing was measured: {why}")
     cudnn = str(torch.backends.cudnn.version() or "")
     if old is None:
         table = _table([line.row for line in lines], results.machine(), cudnn, command)
@@ -195,7 +196,9 @@ def _show(lines: list[Line], source: Source) -> None:
     printed = Printed("call", "B x H x Nq x Nk x D", "torch's choice", "fastest", "chosen", "before")
     for case, call, row in lines:
         names = [backend.name for backend in attention.accepting(call)]
-        (before, _), (chosen, _) = measured.choose(call, names), Evidence(sources=(source,)).choose(call, names)
+        bounded = [backend.name for backend, _ in attention.quantising(call)] if _may_be_quantised(call) else []
+        before, _ = measured.choose(call, names, bounded)
+        chosen, _ = Evidence(sources=(source,)).choose(call, names, bounded)
         changes += chosen != before
         fastest = min(row.ms, key=row.ms.__getitem__)
         printed.add_row(

@@ -17,7 +17,7 @@ from dataclasses import replace
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from videoattn import guard
 from videoattn.backend import Backend, RunStreams
@@ -35,7 +35,10 @@ _found: dict[tuple, str | None] = {}
 
 def refuses(prologue: Prologue, heads: int, streams: Sequence[Stream]) -> str | None:
     """Why no pass of ours does the work of `prologue(heads, *streams)`, or None."""
-    return _unable(streams[0].q.device) or _kernels().refuses(prologue, heads, *streams)
+    reason = _unable(streams[0].q.device)
+    if reason is None and any(x.numel() == 0 for stream in streams for x in (stream.q, stream.k)):
+        reason = "takes no empty tensors"
+    return reason or _kernels().refuses(prologue, heads, *streams)
 
 
 def plan(backend: Backend, call: Call, decision: Decision, prologue: Prologue, flag: Tensor | None) -> RunStreams:
@@ -56,8 +59,11 @@ def unfused(backend: Backend, call: Call, decision: Decision, prologue: Prologue
 def fault(
     backend: Backend, call: Call, decision: Decision, prologue: Prologue, streams: Sequence[Stream]
 ) -> str | None:
-    """What is wrong with a backend's plan for streams of this kind, None where it is right; found out once a process."""
-    key = (backend.name, decision, prologue, call.head_dim, call.dtype, call.device, *map(_kind, streams))
+    """What is wrong with a backend's plan for streams of this kind, None where it is right; found out once a process.
+
+    While a CUDA graph is captured it is not found out, and the plan that is made then does without the pass.
+    """
+    key = (backend.name, decision, prologue, call.heads, call.head_dim, call.dtype, call.device, *map(kind, streams))
     if key not in _found:
         if guard.capturing(call.device):
             return "its check cannot run while a CUDA graph is captured"
@@ -66,7 +72,7 @@ def fault(
         q_len, kv_len = (sum(getattr(stream, name).shape[1] for stream in given) for name in "qk")
         small = replace(call, batch=1, q_len=q_len, kv_len=kv_len, has_kv_len=False)
         with torch.autocast(call.device.type, enabled=False):
-            q, k, v = prologue(call.heads, *map(replace, given))  # of copies, which it empties
+            q, k, v = prologue(call.heads, *map(_copy, given))
             exact, _ = reference.attend(q, k, v)
             by_torch = backend.plan(small, decision, guard.flag())(q, k, v, None, None, None)
             out = plan(backend, small, decision, prologue, guard.flag())(given, None)
@@ -74,9 +80,20 @@ def fault(
     return _found[key]
 
 
-def _kind(stream: Stream) -> tuple:
-    norm = stream.norm_q
-    return type(norm), stream.q.shape[1] == stream.k.shape[1], stream.rope is not None, stream.rope_span is not None
+def kind(stream: Stream) -> tuple:
+    """What of a stream, beside its sizes, makes another pass: norms, tables, what is turned."""
+    tables = None if stream.rope is None else (stream.rope[0].dtype, stream.rope[0].ndim, stream.rope_span is None)
+    return _norm(stream.norm_q), _norm(stream.norm_k), tables, stream.q.shape[1] == stream.k.shape[1]
+
+
+def _norm(norm: nn.Module | None) -> tuple:
+    weights = (getattr(norm, name, None) for name in ("weight", "bias"))
+    return type(norm), *(None if weight is None else weight.dtype for weight in weights)
+
+
+def _copy(stream: Stream) -> Stream:
+    """With tensors of its own: a prologue may write to those that it is given."""
+    return replace(stream, q=stream.q.clone(), k=stream.k.clone(), v=stream.v.clone())
 
 
 def _part(stream: Stream, generator: torch.Generator) -> Stream:

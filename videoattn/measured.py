@@ -163,13 +163,13 @@ class Source:
         if gains[best] < (BORROWED_GAIN if self.borrowed else GAIN):
             best = default
         margin = BORROWED_GAIN if self.borrowed else BOUNDED_GAIN
-        bounded_gains = self.table.gains(call, default, bounded) if bounded else {}
-        quantised = max(
-            (name for name in bounded if name in bounded_gains), key=bounded_gains.__getitem__, default=None
-        )
-        if quantised is not None and bounded_gains[quantised] >= margin * gains[best]:
-            best, gains = quantised, bounded_gains
+        there = self.table.gains(call, default, bounded) if bounded else {}  # maybe another row
+        quantised = max((name for name in bounded if name in there), key=there.__getitem__, default=None)
+        if quantised is not None and there[quantised] >= margin * max(there[name] for name in names if name in there):
+            best, gains = quantised, there
         what = "none is faster" if best == default else f"{gains[best]:.2f}x of {_label(default)}"
+        if bounded and not there:
+            what += ", none that quantises was measured (videoattn calibrate --update)"
         if not self.borrowed:
             return best, f"measured {what}"
         what = "none is much faster" if best == default else what

@@ -148,6 +148,11 @@ class Policy:
         precision = None if self.tuned is None else self.tuned.precision(site.name, step)
         return self.decision if precision is None else Dense(precision)
 
+    def decisions(self, site: Site) -> set[Decision]:
+        """All that may be decided at a site in the course of a schedule."""
+        parts = 1 if self.tuned is None else self.tuned.ranges
+        return {self(site, Step(index=part, total=parts)) for part in range(parts)}
+
     def phase(self, step: Step) -> Hashable:
         """Equal for steps at which every site decides alike, so that decisions are made once a phase."""
         return None if self.tuned is None else self.tuned.range_of(step)

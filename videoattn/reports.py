@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from videoattn import measured
 from videoattn.policy import Policy
+from videoattn.runner import Plan
 from videoattn.session import Patch, Session
 
 QUANTISED_KINDS = Policy().kinds
@@ -51,6 +52,7 @@ class Report:
         notes: facts about the whole, e.g. that the last forward took the host's own path, that an output of ours was not
             finite in this generation, or that a table of measured times was passed over.
         generations, denoiser_calls: since attention was enabled.
+        shares: what is computed -> its share of the calls of self-attention that a policy may quantise, the greatest first.
         planning_seconds: what the first call of every shape took longer, `videoattn.warmup` included.
     """
 
@@ -60,20 +62,8 @@ class Report:
     notes: tuple[str, ...]
     generations: int
     denoiser_calls: int
+    shares: Mapping[str, float]
     planning_seconds: float
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """What is computed -> its share of the self-attention calls that a policy may quantise, the greatest first."""
-        calls: dict[tuple, int] = {}
-        for row in self.sites:
-            if row.kind in QUANTISED_KINDS and row.computed:
-                calls[row.kind, row.decision, row.computed, row.backend, row.fused, row.shape] = row.calls
-        total = sum(calls.values())
-        shares: dict[str, float] = {}
-        for (_, _, computed, *_), count in calls.items():
-            shares[computed] = shares.get(computed, 0.0) + count / max(total, 1)
-        return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -89,9 +79,8 @@ class Report:
         console = Console(width=160, force_terminal=False, highlight=False, markup=False, emoji=False)
         with console.capture() as capture:
             console.print(table)
-            shares = self.shares
-            if shares.keys() - {"exact"}:
-                told = (f"{computed} {share:.1%}" for computed, share in shares.items())
+            if self.shares.keys() - {"exact"}:
+                told = (f"{computed} {share:.1%}" for computed, share in self.shares.items())
                 console.print(f"self-attention calls: {', '.join(told)}")
             for note in self.notes:
                 console.print(note)
@@ -115,8 +104,20 @@ def build(title: str, sessions: Sequence[Session]) -> Report:
         ),
         generations=max(session.clock.generation + 1 for session in sessions),
         denoiser_calls=sum(session.clock.calls for session in sessions),
+        shares=_shares(plan for session in sessions for plan in session.plans),
         planning_seconds=sum(session.planning_seconds for session in sessions),
     )
+
+
+def _shares(plans: Iterable[Plan]) -> dict[str, float]:
+    calls: dict[str, int] = {}
+    for plan in plans:
+        if plan.call.kind in QUANTISED_KINDS and plan.calls:
+            computed = str(plan.choice.decision)
+            calls[computed] = calls.get(computed, 0) + plan.calls
+    return {
+        computed: count / sum(calls.values()) for computed, count in sorted(calls.items(), key=lambda item: -item[1])
+    }
 
 
 def _notes(session: Session) -> list[str]:
@@ -129,7 +130,7 @@ def _rows(session: Session, patch: Patch) -> list[SiteRow]:
     if patch.ours is None or patch.ours.run is None:
         waiting = patch.ours is not None and not patch.refusal and not session.bypass
         why = "not called yet" if waiting else patch.refusal or session.bypass
-        decision = str(session.policy.decision) if site.kind in session.policy.kinds else "exact"
+        decision = str(session.policy(site, session.step))
         adapter = patch.adapter if patch.ours is not None else "untouched"
         return [SiteRow(name=site.name, kind=site.kind, adapter=adapter, decision=decision if waiting else "", why=why)]
     run = patch.ours.run
@@ -146,7 +147,7 @@ def _rows(session: Session, patch: Patch) -> list[SiteRow]:
                 decision=str(run.decision),
                 computed=str(plan.choice.decision),
                 backend=plan.choice.backend.name,
-                fused=plan.prologue is not None,
+                fused=plan.fused,
                 why=plan.choice.why,
                 shape=(call.batch, call.q_len, call.kv_len, call.heads, call.head_dim),
                 calls=plan.calls,

@@ -35,8 +35,8 @@ from videoattn.verify import select_verified
 class Plan:
     """A planned call, how often it ran, and the flag of a kernel of ours that runs it.
 
-    `run` takes q, k, v, mask, kv_len and scale; or, in plans of `Runner.attend`, streams and kv_len. `prologue` is what a
-    pass of ours does the work of, None where there is no such pass.
+    `run` takes q, k, v, mask, kv_len and scale; or streams and kv_len, where there is a `prologue`: in plans of
+    `Runner.attend`. `fused` tells whether a pass of ours does its work.
     """
 
     call: Call
@@ -45,6 +45,7 @@ class Plan:
     flag: Tensor | None = None
     calls: int = 0
     prologue: Prologue | None = None
+    fused: bool = False
 
 
 class Watcher(Protocol):
@@ -156,10 +157,15 @@ class Runner:
         Returns:
             The output [B, Nq, H, D].
         """
-        if torch.compiler.is_compiling() or observers or fusion.refuses(prologue, heads, streams) is not None:
-            return self(*prologue(heads, *streams), None, kv_len)
         first = streams[0].q
-        shapes = ((stream.q.shape, stream.k.shape) for stream in streams)
+        if (
+            torch.compiler.is_compiling()
+            or observers
+            or (kv_len is not None and kv_len.device != first.device)
+            or fusion.refuses(prologue, heads, streams) is not None
+        ):
+            return self(*prologue(heads, *streams), None, kv_len)
+        shapes = ((stream.q.shape, stream.k.shape, *fusion.kind(stream)) for stream in streams)
         key = (prologue, heads, *shapes, first.dtype, first.device, kv_len is None)
         plan = self.plans.get(key)
         if plan is None:
@@ -233,8 +239,8 @@ class Runner:
             why = f"norm and rotation in torch, since in one pass: {reason}"
             warnings.warn(f"{call}: {why}", RuntimeWarning, stacklevel=2)
             choice = replace(choice, why="; ".join(part for part in (why, choice.why) if part))
-            return Plan(call, choice, fusion.unfused(*planned, flag), flag)
-        return Plan(call, choice, fusion.plan(*planned, flag), flag, prologue=prologue)
+            return Plan(call, choice, fusion.unfused(*planned, flag), flag, prologue=prologue)
+        return Plan(call, choice, fusion.plan(*planned, flag), flag, prologue=prologue, fused=True)
 
     def replace_flagged(self) -> list[str]:
         """Take torch's exact attention where an output of ours was not finite; a line on each such plan.
@@ -247,14 +253,19 @@ class Runner:
                 self._replace(plan)
         return [f"{plan.choice.why}: {plan.call}" for plan in flagged]
 
+    def named(self, plan: Plan) -> bool:
+        """Whether the plan's backend was asked for by name; for exact calls one that quantises is not."""
+        return plan.choice.backend.name == self.backend
+
     def _replace(self, plan: Plan) -> None:
         reason, choice = f"output of {plan.choice.backend.name} was not finite", plan.choice
-        if self.backend == "auto":
+        if not self.named(plan):
             choice = select(plan.call, EXACT, failed=lambda backend: reason if backend.own else None)
             if plan.prologue is None:
                 plan.run = choice.backend.plan(plan.call, EXACT)
             else:
                 plan.run = fusion.unfused(choice.backend, plan.call, EXACT, plan.prologue, None)
+                plan.fused = False
         plan.choice = replace(choice, why=reason)
 
 

@@ -106,13 +106,18 @@ class Session:
         if self.backend == "auto":
             return
         backend = next(backend for backend in backends() if backend.name == self.backend)
-        asked = {patch: self.policy(patch.site, Step()) for patch in self.patches if patch.ours is not None}
-        if not any(backend.computes(stand_in(backend, decision)) for decision in asked.values()):
+        asked = [
+            (patch, decision)
+            for patch in self.patches
+            if patch.ours is not None
+            for decision in self.policy.decisions(patch.site)
+        ]
+        if not any(backend.computes(stand_in(backend, decision)) for _, decision in asked):
             raise ValueError(
                 f"backend {self.backend!r}: wanted a policy that asks for what it computes, got {self.policy.name!r}, which "
-                f"decides {', '.join(sorted({str(decision) for decision in asked.values()}))}"
+                f"decides {', '.join(sorted({str(decision) for _, decision in asked}))}"
             )
-        for patch, decision in asked.items():
+        for patch, decision in asked:
             weight = next(patch.attn.parameters(), None)
             if patch.site.head_dim is None or weight is None:  # found out when it runs
                 continue
@@ -195,10 +200,14 @@ class Session:
             guard.wait({plan.call.device for plan in self.plans if plan.flag is not None})
         if not guard.raised():
             return
-        named = self.backend != "auto"
-        then = "The backend was named and stays." if named else "From now on torch's attention computes such calls."
         for line in [line for runner in self._runners.values() for line in runner.replace_flagged()]:
             if line not in self.marks:
+                named = line.startswith(f"output of {self.backend} ")
+                then = (
+                    "The backend was named and stays."
+                    if named
+                    else "From now on torch's attention computes such calls."
+                )
                 self.marks.append(line)
                 warnings.warn(
                     f"{self.model_name}, generation {generation}: {line}. Its inputs may not have been finite either. "

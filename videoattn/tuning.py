@@ -11,6 +11,7 @@ Shape letters: B batch, N tokens, H heads, D head dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -74,11 +75,11 @@ class Error:
         )
 
     def worse(self, other: Error) -> Error:
-        """The worse of the two in each metric."""
+        """The worse of the two in each metric; NaN, which keeps no target, is the worst."""
         return Error(
-            cosine=min(self.cosine, other.cosine),
-            rel_l1=max(self.rel_l1, other.rel_l1),
-            rel_l2=max(self.rel_l2, other.rel_l2),
+            cosine=_worst(min, self.cosine, other.cosine),
+            rel_l1=_worst(max, self.rel_l1, other.rel_l1),
+            rel_l2=_worst(max, self.rel_l2, other.rel_l2),
         )
 
 
@@ -141,9 +142,9 @@ class Tuning:
         for column in ("layer", "steps", *shown, "chosen"):
             table.add_column(column, justify="left" if column in ("layer", "chosen") else "right")
         for (site, part), errors in self.errors.items():
-            first, last = part * self.steps // self.ranges, (part + 1) * self.steps // self.ranges - 1
+            first, last = (-(-each * self.steps // self.ranges) for each in (part, part + 1))
             values = (f"{getattr(errors[each], self.target.metric):.5f}" if each in errors else "" for each in shown)
-            table.add_row(site, f"{first}-{last}", *values, self.chosen(site, part))
+            table.add_row(site, f"{first}-{last - 1}", *values, self.chosen(site, part))
         console = Console(width=160, force_terminal=False, highlight=False, markup=False, emoji=False)
         with console.capture() as capture:
             console.print(table)
@@ -287,6 +288,10 @@ def _sample(q: Tensor) -> Tensor:
     if len(blocks) <= BLOCKS:
         return q
     return torch.cat([blocks[(2 * i + 1) * (len(blocks) - 1) // (2 * BLOCKS)] for i in range(BLOCKS)], dim=1)
+
+
+def _worst(pick: Callable[[float, float], float], a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else pick(a, b)
 
 
 def _is_share(text: str) -> bool:

@@ -214,7 +214,7 @@ class Counts:
     def _before(self, plan: Plan) -> None:
         """Of a pass of ours in front of a call: q, k and v, or q and k alone, are read once and written once."""
         call, quantises = plan.call, plan.choice.decision != EXACT
-        if plan.prologue is None and not quantises:
+        if not plan.fused and not quantises:
             return
         tokens = call.q_len * call.heads + call.kv_len * call.kv_heads * (2 if quantises else 1)
         elements = call.batch * tokens * call.head_dim
