@@ -157,16 +157,17 @@ class Runner:
         Returns:
             The output [B, Nq, H, D].
         """
-        first = streams[0].q
+        # No name is kept for a projection here: it goes as soon as what follows from it exists.
+        elsewhere = kv_len is not None and kv_len.device != streams[0].q.device
         if (
             torch.compiler.is_compiling()
             or observers
-            or (kv_len is not None and kv_len.device != first.device)
+            or elsewhere
             or fusion.refuses(prologue, heads, streams) is not None
         ):
             return self(*prologue(heads, *streams), None, kv_len)
         shapes = ((stream.q.shape, stream.k.shape, *fusion.kind(stream)) for stream in streams)
-        key = (prologue, heads, *shapes, first.dtype, first.device, kv_len is None)
+        key = (prologue, heads, *shapes, streams[0].q.dtype, streams[0].q.device, kv_len is None)
         plan = self.plans.get(key)
         if plan is None:
             plan = self._new_plan(key, self._plan_streams, prologue, heads, streams, kv_len)
