@@ -228,20 +228,14 @@ def identity(case: str, shape: Shape) -> dict[str, str]:
 
 def row(case: str, shape: Shape, name: str, result: timing.Comparison) -> dict[str, object]:
     elements = shape.batch * shape.head_dim * (2 * shape.q_len * shape.heads + 2 * shape.kv_len * shape.kv_heads)
-    return {
+    return results.timing(
+        result,
         **identity(case, shape),
-        "kernel": name,
-        "baseline": "sdpa",
-        "median_ms": result.median_ms,
-        "baseline_ms": result.baseline_ms,
-        "ratio": result.ratio,
-        "ci_lo": result.ci_lo,
-        "ci_hi": result.ci_hi,
-        "tflops": work(shape) / result.median_ms / 1e9,
-        "gbs": elements * getattr(torch, shape.dtype).itemsize / result.median_ms / 1e6,
-        "rel_l2": result.error,
-        "verdict": result.verdict,
-    }
+        kernel=name,
+        baseline="sdpa",
+        tflops=work(shape) / result.median_ms / 1e9,
+        gbs=elements * getattr(torch, shape.dtype).itemsize / result.median_ms / 1e6,
+    )
 
 
 def case_name(shape: Shape, used_by: dict[str, int]) -> str:

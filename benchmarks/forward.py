@@ -1,8 +1,8 @@
 """Whole denoiser forwards at real sizes with random weights: as diffusers runs them, and after ``enable_fast_attention``.
 
 Both run on the same weights, eager (or both compiled, with --compile), launch gaps included, because that is what a user
-waits for. rel_l2 is the patched
-output against the unpatched one, not against an fp32 reference: at these depths two exact kernels differ by a percent.
+waits for. rel_l2 is the patched output against the unpatched one, not against an fp32 reference: at these depths two exact
+kernels differ by a percent.
 Peak memory of either, allocated above what was there before the call, goes to ``forward_memory.csv``.
 
     python -m videoattn.benchmarks.forward --preset exact            # three minutes on an H200
@@ -127,23 +127,14 @@ def main(argv: list[str] | None = None) -> int:
             wrong.append(f"{case}: {error}")
             continue
         print(f"{case}: {result}\n{report}", flush=True)
-        row = {
-            "case": case,
-            "shape": f"batch {models.spec(name)['batch']}",
-            "dtype": models.spec(name)["dtype"],
-            "layout": None,
-            "kernel": args.preset,
-            "baseline": "torch.compile" if args.compile else "eager",
-            "median_ms": result.median_ms,
-            "baseline_ms": result.baseline_ms,
-            "ratio": result.ratio,
-            "ci_lo": result.ci_lo,
-            "ci_hi": result.ci_hi,
-            "tflops": None,
-            "gbs": None,
-            "rel_l2": result.error,
-            "verdict": result.verdict,
-        }
+        row = results.timing(
+            result,
+            case=case,
+            shape=f"batch {models.spec(name)['batch']}",
+            dtype=models.spec(name)["dtype"],
+            kernel=args.preset,
+            baseline="torch.compile" if args.compile else "eager",
+        )
         results.append("forward", [row], env, args.results)
         results.append_samples("forward", row, result, args.samples)
         if peaks and not args.compile:

@@ -139,23 +139,15 @@ def main(argv: list[str] | None = None) -> int:
             f"[{bounds[0]:.2f}, {bounds[1]:.2f}]  {result}",
             flush=True,
         )
-        row = {
-            "case": name,
-            "shape": f"{calls} calls, {'x'.join(map(str, SIZE))}",
-            "dtype": models.spec(name)["dtype"] if args.device == "cuda" else "float32",
-            "layout": None,
-            "kernel": args.preset if args.backend == "auto" else f"{args.preset}/{args.backend}",
-            "baseline": "eager",
-            "median_ms": result.median_ms / calls,
-            "baseline_ms": result.baseline_ms / calls,
-            "ratio": result.ratio,
-            "ci_lo": result.ci_lo,
-            "ci_hi": result.ci_hi,
-            "tflops": None,
-            "gbs": None,
-            "rel_l2": result.error,
-            "verdict": result.verdict,
-        }
+        row = results.timing(
+            result,
+            case=name,
+            shape=f"{calls} calls, {'x'.join(map(str, SIZE))}",
+            dtype=models.spec(name)["dtype"] if args.device == "cuda" else "float32",
+            kernel=args.preset if args.backend == "auto" else f"{args.preset}/{args.backend}",
+            baseline="eager",
+            calls=calls,
+        )
         results.append("host_time", [row], env, args.results)
         results.append_samples("host_time", row, result, args.samples)
     return 0

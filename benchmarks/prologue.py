@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from videoattn.benchmarks import results, timing
 from videoattn.kernels import prepare
 from videoattn.kernels.quantise import quantise_streams
+from videoattn.kernels.triton_backend import LOG2_E
 from videoattn.pipelines import cogvideox, hunyuan_video, ltx, wan
 from videoattn.prologue import Prologue, Rope, Stream
 
-LOG2_E = 1.4426950408889634
 TOLERANCE = {"prepare": 1e-2, "quantise": 2e-2}  # relative L2 of q: two roundings of bf16; INT8 makes 0.01
 
 
@@ -191,23 +191,9 @@ def main(argv: list[str] | None = None) -> int:
             wrong.append(f"{name}: {error}")
             continue
         for (kernel, baseline), result in found.items():
-            row = {
-                "case": name,
-                "shape": case.shape,
-                "dtype": "bfloat16",
-                "layout": None,
-                "kernel": kernel,
-                "baseline": baseline,
-                "median_ms": result.median_ms,
-                "baseline_ms": result.baseline_ms,
-                "ratio": result.ratio,
-                "ci_lo": result.ci_lo,
-                "ci_hi": result.ci_hi,
-                "tflops": None,
-                "gbs": None,
-                "rel_l2": result.error,
-                "verdict": result.verdict,
-            }
+            row = results.timing(
+                result, case=name, shape=case.shape, dtype="bfloat16", kernel=kernel, baseline=baseline
+            )
             results.append("prologue", [row], env, args.results)
             results.append_samples("prologue", row, result, args.samples)
             print(f"{name:26s} {baseline:6s} {result}", flush=True)

@@ -87,6 +87,39 @@ def append(script: str, rows: Iterable[Mapping[str, object]], env: Mapping[str, 
     return _append(folder / f"{script}.csv", COLUMNS, rows, env)
 
 
+def timing(
+    result: Comparison,
+    *,
+    case: str,
+    shape: str,
+    dtype: str,
+    kernel: str,
+    baseline: str,
+    layout: str | None = None,
+    tflops: float | None = None,
+    gbs: float | None = None,
+    calls: int = 1,
+) -> dict[str, object]:
+    """A row of timings, of a comparison that ran `calls` calls at a time."""
+    return {
+        "case": case,
+        "shape": shape,
+        "dtype": dtype,
+        "layout": layout,
+        "kernel": kernel,
+        "baseline": baseline,
+        "median_ms": result.median_ms / calls,
+        "baseline_ms": result.baseline_ms / calls,
+        "ratio": result.ratio,
+        "ci_lo": result.ci_lo,
+        "ci_hi": result.ci_hi,
+        "tflops": tflops,
+        "gbs": gbs,
+        "rel_l2": result.error,
+        "verdict": result.verdict,
+    }
+
+
 def append_samples(script: str, row: Mapping[str, object], result: Comparison, folder: Path | None) -> None:
     """Append what a row was made of to ``folder/<script>.jsonl``: all samples in ms, the control's noise, the clocks."""
     if folder is None:

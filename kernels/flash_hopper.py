@@ -32,7 +32,14 @@ from videoattn.call import Call
 from videoattn.kernels.flash_hopper_device import forward
 from videoattn.kernels.hopper_device import M
 from videoattn.kernels.tiles import parts
-from videoattn.kernels.triton_backend import Tile, TritonBackend, on_device_of, readable, scale_log2
+from videoattn.kernels.triton_backend import (
+    Tile,
+    TritonBackend,
+    on_device_of,
+    readable,
+    refuses_but_plain,
+    scale_log2,
+)
 
 LOADER_REGISTERS = 24
 REGISTERS = {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}
@@ -198,17 +205,7 @@ def refuses(call: Call) -> str | None:
         return "no GPU"
     if torch.version.hip is not None or torch.cuda.get_device_capability(call.device) != (9, 0):
         return "needs compute capability 9.0"
-    if call.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes fp16 and bf16, got {call.dtype}"
-    if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
-        return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
-    if call.mask != "none":
-        return "takes no mask"
-    if call.causal:
-        return "takes no causal attention"
-    if not (call.batch and call.q_len and call.kv_len):
-        return "takes no empty tensors"
-    return None
+    return refuses_but_plain(call)
 
 
 def _tile_of(call: Call) -> Tile:

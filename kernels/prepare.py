@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.kernels.projections import Layout, read, refuses
-from videoattn.kernels.prologue_device import Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
+from videoattn.kernels.prologue_device import Rope, Source, begin, finish, load_rows
 from videoattn.kernels.triton_backend import Launch, on_device_of
 from videoattn.prologue import Prologue, Stream, split_heads
 
@@ -82,18 +82,8 @@ def _rows(
 ):  # fmt: skip
     """Heads low to high of T tokens."""
     d = tl.arange(0, FORM.DP)
-    tokens = tl.arange(0, T * HB) // HB
     heads_of = tl.arange(0, T * HB) % HB if HB > 1 else tl.zeros([1], tl.int32)
-    here = start + tokens < x.tokens
-    rows = token_rows(x, b, start, tokens, FORM)
-    inverse = tl.zeros([1], tl.float32)
-    if FORM.ACROSS:
-        t = tl.arange(0, T)
-        inverse = inverse_rms(token_rows(x, b, start, t, FORM), start + t < x.tokens, eps, T * HB * FORM.DP, FORM)
-        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], [T, HB]), [T * HB])
-    c, s = 0.0, 0.0
-    if FORM.ROTATE and not FORM.BY_HEAD:
-        c, s = tables(rope, b, start, tokens, tl.zeros([1], tl.int32), here, FORM)
+    tokens, here, rows, inverse, c, s = begin(x, rope, b, start, eps, T, HB, FORM)
     places = (b.to(tl.int64) * x.tokens + start) * heads * FORM.D + tokens * heads * FORM.D
     tile = load_rows(x, rows, low + heads_of, here & (low + heads_of < high), FORM)
     for h in range(low, high, HB):

@@ -145,6 +145,24 @@ def tables(rope, b, start, tokens, heads, keep, FORM: tl.constexpr):
 
 
 @triton.jit
+def begin(x, rope, b, start, eps, T: tl.constexpr, HB: tl.constexpr, FORM: tl.constexpr):
+    """Of T tokens from `start` on, HB rows of heads each [T HB]: where they lie, which are there, where they begin, and
+    what all heads of a token share: 1 / RMS, cos and sin."""
+    tokens = tl.arange(0, T * HB) // HB
+    here = start + tokens < x.tokens
+    rows = token_rows(x, b, start, tokens, FORM)
+    inverse = tl.zeros([1], tl.float32)
+    if FORM.ACROSS:
+        t = tl.arange(0, T)
+        inverse = inverse_rms(token_rows(x, b, start, t, FORM), start + t < x.tokens, eps, T * HB * FORM.DP, FORM)
+        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], [T, HB]), [T * HB])
+    c, s = 0.0, 0.0
+    if FORM.ROTATE and not FORM.BY_HEAD:
+        c, s = tables(rope, b, start, tokens, tl.zeros([1], tl.int32), here, FORM)
+    return tokens, here, rows, inverse, c, s
+
+
+@triton.jit
 def turning(rope, start, tokens):
     """Which of tokens start + `tokens` [R] turn."""
     return (start + tokens >= rope.first) & (start + tokens < rope.last)

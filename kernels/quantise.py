@@ -27,13 +27,10 @@ import triton
 from torch import Tensor
 
 from videoattn.kernels.operands import KEYS, PV, Quantised
-from videoattn.kernels.projections import Layout, Raw, finished, read, refuses
+from videoattn.kernels.projections import Layout, Raw, finished, read
 from videoattn.kernels.quantise_device import _operands, _statistics
 from videoattn.kernels.triton_backend import Launch, on_device_of, scale_log2, unit_stride
 from videoattn.prologue import Prologue, Stream, split_heads
-
-__all__ = ["quantise", "quantise_streams", "refuses"]
-
 
 STATISTICS = {"ELEMENTS": 8192, "MEAN_ELEMENTS": 2048, "num_warps": 8}
 """Tiles and warps of the first launch. Those of the mean are smaller, lest they take the registers that let three
@@ -145,7 +142,7 @@ def quantise(
     kv_len: Tensor | None = None,
     return_lse: bool = False,
 ) -> Quantised:
-    """Operands from finished q [B, Nq, H, D], k, v [B, Nk, Hkv, D], fp16 or bf16, with any strides; D as `refuses` says.
+    """Operands from finished q [B, Nq, H, D], k, v [B, Nk, Hkv, D], fp16 or bf16, with any strides; D 16 to 256 in steps of 8.
 
     Args:
         pv: how P V will be multiplied.
@@ -168,7 +165,7 @@ def quantise_streams(
     kv_len: Tensor | None = None,
     return_lse: bool = False,
 ) -> Quantised:
-    """Operands from raw projections, where `refuses` has nothing against them; empties the streams. See `quantise`."""
+    """Operands from raw projections, where kernels/projections.py has nothing against them; empties the streams. See `quantise`."""
     raw = read(prologue, heads, *streams)
     v0, v1 = raw.v
     v = None

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from videoattn.kernels import operands
-from videoattn.kernels.prologue_device import Rope, Source, finish, inverse_rms, load_rows, tables, token_rows
+from videoattn.kernels.prologue_device import Rope, Source, begin, finish, inverse_rms, load_rows, tables, token_rows
 
 KEYS = tl.constexpr(operands.KEYS)
 GROUP = tl.constexpr(KEYS.value // 4)
@@ -190,17 +190,8 @@ def _quantise_q(
     """Heads low to high of T tokens: a scale each."""
     W: tl.constexpr = (FORM.D + 15) // 16 * 16
     d = tl.arange(0, FORM.DP)
-    tokens, heads_of = tl.arange(0, T * HB) // HB, tl.arange(0, T * HB) % HB
-    here = start + tokens < q.tokens
-    rows = token_rows(q, b, start, tokens, FORM)
-    inverse = tl.zeros([1], tl.float32)
-    if FORM.ACROSS:
-        t = tl.arange(0, T)
-        inverse = inverse_rms(token_rows(q, b, start, t, FORM), start + t < q.tokens, eps, T * HB * FORM.DP, FORM)
-        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], [T, HB]), [T * HB])
-    c, s = 0.0, 0.0
-    if FORM.ROTATE and not FORM.BY_HEAD:
-        c, s = tables(rope, b, start, tokens, tl.zeros([1], tl.int32), here, FORM)
+    heads_of = tl.arange(0, T * HB) % HB
+    tokens, here, rows, inverse, c, s = begin(q, rope, b, start, eps, T, HB, FORM)
     tile = load_rows(q, rows, low + heads_of, here & (low + heads_of < high), FORM)
     for h in range(low, high, HB):
         following = load_rows(q, rows, h + HB + heads_of, here & (h + HB + heads_of < high), FORM)

@@ -12,7 +12,7 @@ from videoattn.backend import RunStreams
 from videoattn.call import Call
 from videoattn.kernels.operands import PV, Quantised
 from videoattn.kernels.quantise import quantise, quantise_streams
-from videoattn.kernels.triton_backend import Tile, TritonBackend
+from videoattn.kernels.triton_backend import Tile, TritonBackend, refuses_but_plain
 from videoattn.policy import Decision, Dense
 from videoattn.prologue import Prologue, Stream
 
@@ -55,8 +55,10 @@ class QuantisedBackend(TritonBackend):
         self.attend_quantised = attend_quantised
 
     def refuses(self, call: Call, decision: Decision) -> str | None:
-        reason = super().refuses(call, decision)
-        return reason if reason is not None or not self.computes(decision) else _refuses(call, self.pv)
+        reason = super().refuses(call, decision) or refuses_but_plain(call)
+        if reason is None and self.pv == "fp8" and torch.cuda.get_device_capability(call.device) < (8, 9):
+            return "needs compute capability 8.9 for e4m3"
+        return reason
 
     def _attend(
         self,
@@ -82,20 +84,3 @@ class QuantisedBackend(TritonBackend):
             return self.attend_quantised(x, **sizes, kv_len=kv_len, flag=flag)[0]
 
         return run
-
-
-def _refuses(call: Call, pv: PV) -> str | None:
-    """What no quantised kernel takes."""
-    if call.dtype == torch.float32:
-        return "takes fp16 and bf16, got torch.float32"
-    if call.head_dim % 8 or call.head_dim < 16:
-        return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
-    if call.mask != "none":
-        return "takes no mask"
-    if call.causal:
-        return "takes no causal attention"
-    if not (call.batch and call.q_len and call.kv_len):
-        return "takes no empty tensors"
-    if pv == "fp8" and torch.cuda.get_device_capability(call.device) < (8, 9):
-        return "needs compute capability 8.9 for e4m3"
-    return None

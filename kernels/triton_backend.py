@@ -110,6 +110,21 @@ class TritonBackend:
         return transposed
 
 
+def refuses_but_plain(call: Call) -> str | None:
+    """Why a kernel does not take the call that takes 16 bits, heads in steps of 8 from 16 on, and lengths but no mask."""
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes fp16 and bf16, got {call.dtype}"
+    if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
+        return f"takes head_dim 16 to 256 in steps of 8, got {call.head_dim}"
+    if call.mask != "none":
+        return "takes no mask"
+    if call.causal:
+        return "takes no causal attention"
+    if not (call.batch and call.q_len and call.kv_len):
+        return "takes no empty tensors"
+    return None
+
+
 class Tiles(NamedTuple):
     """What a launch reads of a TensorDescriptor; that checks its fields anew each time it is made, for 20 us."""
 

@@ -159,3 +159,22 @@ def assert_close(got, wanted):
         assert got.v.shape == wanted.v.shape and torch.equal(got.v, wanted.v)
     else:
         assert_between(got.v, wanted.v, 4 * EPS * wanted.v.abs(), wanted.v_dtype, "v")
+
+
+HARD = ("zero q", "zero k", "zero v", "zero block", "constant", "huge", "outliers", "offset")
+
+
+def make_hard(name, q, k, v):
+    """Change numbers into one of HARD, in place."""
+    if name.startswith("zero"):
+        {"q": q, "k": k, "v": v, "block": k[:, :128]}[name[5:]].zero_()
+    elif name == "constant":
+        q[:], k[:], v[:] = 3.0, 2.0, 1.5
+    elif name == "huge":  # beyond what fp16 holds
+        v *= 1e6
+    elif name == "outliers":
+        q[..., 5] *= 30
+        k[..., 7] *= 100
+        v[..., 9] *= 300
+    else:
+        k += 50.0

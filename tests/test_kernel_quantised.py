@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from kernel_checks import DEVICE
-from quantised_operands import means
+from quantised_operands import HARD, make_hard, means
 from test_kernel_sdpa import call
 
 from videoattn.kernels import quantised, reference
@@ -139,21 +139,10 @@ def test_scale(scale, pv, poisoned):
 
 
 @pytest.mark.parametrize("pv", PVS)
-@pytest.mark.parametrize("name", ["zero q", "zero k", "zero v", "zero block", "constant", "huge", "outliers", "offset"])
+@pytest.mark.parametrize("name", HARD)
 def test_numbers_that_are_hard_to_round(name, pv, poisoned):
     q, k, v = make_qkv(1, 20, 200, 2, 64, dtype=BF16, device=DEVICE)
-    if name.startswith("zero"):
-        {"q": q, "k": k, "v": v, "block": k[:, :128]}[name[5:]].zero_()
-    elif name == "constant":
-        q[:], k[:], v[:] = 3.0, 2.0, 1.5
-    elif name == "huge":  # beyond what fp16 holds
-        v *= 1e6
-    elif name == "outliers":
-        q[..., 5] *= 30
-        k[..., 7] *= 100
-        v[..., 9] *= 300
-    else:
-        k += 50.0
+    make_hard(name, q, k, v)
     out, _ = check(q, k, v, pv)
     if name in ("constant", "zero v"):
         torch.testing.assert_close(out, v[:, :20], rtol=2.0**-7, atol=0.0)

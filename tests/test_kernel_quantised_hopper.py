@@ -7,6 +7,7 @@ import subprocess
 import aot
 import pytest
 import torch
+from quantised_operands import HARD, make_hard
 from test_kernel_sdpa import call
 
 from videoattn.kernels import quantised_reference as emulated
@@ -290,21 +291,10 @@ def test_prefix_lengths(kv_len, head_dim, pv, lse, poisoned):
 @gpu
 @pytest.mark.parametrize("lse", [False, True], ids=["out", "lse"])
 @pytest.mark.parametrize("pv", PVS)
-@pytest.mark.parametrize("name", ["zero q", "zero k", "zero v", "zero block", "constant", "huge", "outliers", "offset"])
+@pytest.mark.parametrize("name", HARD)
 def test_numbers_that_are_hard_to_round(name, pv, lse, poisoned):
     q, k, v = make_qkv(1, 200, 300, 2, 64, dtype=BF16, device="cuda")
-    if name.startswith("zero"):
-        {"q": q, "k": k, "v": v, "block": k[:, :128]}[name[5:]].zero_()
-    elif name == "constant":
-        q[:], k[:], v[:] = 3.0, 2.0, 1.5
-    elif name == "huge":  # beyond what fp16 holds
-        v *= 1e6
-    elif name == "outliers":
-        q[..., 5] *= 30
-        k[..., 7] *= 100
-        v[..., 9] *= 300
-    else:
-        k += 50.0
+    make_hard(name, q, k, v)
     check(q, k, v, pv, lse=lse)
 
 

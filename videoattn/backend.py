@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,13 +107,12 @@ def select(
     that is as fast. A decision that nobody here can compute falls back so too, never to one that errs more; `why` says so.
     `failed` says why a backend that accepts is not to be used all the same, None where it is.
     """
-    known = backends()
-    named = next((backend for backend in known if backend.name == name), None)
+    named = next((backend for backend in backends() if backend.name == name), None)
     if named is not None and decision == EXACT and not named.computes(EXACT):
         name, named = "auto", None
     refusals: list[tuple[str, str]] = []
     accepted: dict[str, tuple[Backend, Decision]] = {}
-    for backend in known:
+    for backend in backends():
         computed = stand_in(backend, decision)
         reason = failed(backend) or backend.refuses(call, computed)
         if reason is None:
@@ -134,15 +133,22 @@ def select(
         best, why = measured.choose(call, exact, others)
     backend, computed = accepted[best]
     if computed != decision:
-        wanted = {each.name for each in known if each.computes(decision)}
-        reasons = dict.fromkeys(reason for each, reason in refusals if each in wanted)
-        if named is not None:
-            reason = ""
-        elif any(accepted[each][1] == decision for each in accepted):
-            reason = "not measured faster"
-        elif call.device.type == "cpu":
-            reason = "no GPU"
-        else:
-            reason = ", ".join(reasons) or f"no kernel for it on {call.device.type}"
+        reason = "" if named is not None else _why_not(call, decision, accepted, refusals)
         why = "; ".join(part for part in (f"{decision} -> {computed}" + (reason and f": {reason}"), why) if part)
     return Choice(backend=backend, decision=computed, why=why, refusals=tuple(refusals))
+
+
+def _why_not(
+    call: Call,
+    decision: Decision,
+    accepted: Mapping[str, tuple[Backend, Decision]],
+    refusals: Sequence[tuple[str, str]],
+) -> str:
+    """Why something that errs less stands in for a decision."""
+    if any(computed == decision for _, computed in accepted.values()):
+        return "not measured faster"
+    if call.device.type == "cpu":
+        return "no GPU"
+    able = {backend.name for backend in backends() if backend.computes(decision)}
+    reasons = dict.fromkeys(reason for name, reason in refusals if name in able)
+    return ", ".join(reasons) or f"no kernel for it on {call.device.type}"

@@ -20,7 +20,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ from videoattn.profiling import costs
 from videoattn.profiling.alive import Alive
 from videoattn.profiling.categories import ATTENTION, NORMALISATION, PROLOGUE, SDPA, SDPA_BACKENDS, operator_of
 from videoattn.profiling.profile import AttentionCall
+from videoattn.profiling.running import BegunCall, Frame, Scores
 from videoattn.profiling.scopes import ROOT, Scope
 from videoattn.profiling.summary import ATTENTIONS
 
@@ -53,7 +53,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _FUSED = SDPA - {"_native_multi_head_attention"}  # what takes q, k and v
 _PRODUCTS = ("bmm", "baddbmm")
 _SOFTMAX = ("_softmax", "_safe_softmax", "softmax")
-_BESIDE_TEMPORAL = ("spatial", "full", "joint")
 
 
 class Work(NamedTuple):
@@ -85,9 +84,9 @@ class Counts:
         self._ran_silently: set[str] = set()  # attention modules
         self._where = where
         self._rows: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-        self._calls: list[_Call] = []
-        self._stack = [_Frame(ROOT)]
-        self._around: _Call | None = None  # the attention call that is being computed
+        self._calls: list[BegunCall] = []
+        self._stack = [Frame(ROOT)]
+        self._around: BegunCall | None = None  # the attention call that is being computed
         self._own = False  # by a kernel of ours
         self._whole = False  # inside of an operator that counts as a whole
         self._depth = 0  # of calls of the runner
@@ -136,7 +135,7 @@ class Counts:
     # ---- a listener of Scopes
 
     def enter(self, scope: Scope) -> None:
-        self._stack.append(_Frame(scope, self._stack[-1]))
+        self._stack.append(Frame(scope, self._stack[-1]))
 
     def leave(self, scope: Scope) -> None:
         frame = self._stack.pop()
@@ -182,7 +181,7 @@ class Counts:
                 self._calls.remove(call)
         self._close(call)
 
-    def _open(self, q: Tensor, k: Tensor, v: Tensor, layout: str) -> _Call:
+    def _open(self, q: Tensor, k: Tensor, v: Tensor, layout: str) -> BegunCall:
         batch, heads, q_len, head_dim = _sizes(q, layout)
         _, kv_heads, kv_len, v_dim = _sizes(v, layout)
         out = batch * heads * q_len * v_dim * q.element_size()
@@ -197,7 +196,7 @@ class Counts:
             bytes=costs.nbytes(q) + costs.nbytes(k) + costs.nbytes(v) + out,
         )
 
-    def _planned(self, call: Call) -> _Call:
+    def _planned(self, call: Call) -> BegunCall:
         """Of a call of ours, whose q, k and v are read once and whose output is written once."""
         rows = 2 * call.q_len * call.heads + 2 * call.kv_len * call.kv_heads
         return self._call(
@@ -221,7 +220,7 @@ class Counts:
         written = 1 if quantises else call.dtype.itemsize
         self._add(PROLOGUE, 0, elements, elements * (call.dtype.itemsize + written))
 
-    def _call(self, *, q_len: int, kv_len: int, heads: int, batch: int, head_dim: int, **facts: Any) -> _Call:
+    def _call(self, *, q_len: int, kv_len: int, heads: int, batch: int, head_dim: int, **facts: Any) -> BegunCall:
         frame = self._stack[-1]
         site = frame.attention or frame
         step, steps, branch = self._where()
@@ -242,12 +241,12 @@ class Counts:
             ms=0.0,
             **facts,
         )
-        call = _Call(known)
+        call = BegunCall(known)
         self._calls.append(call)
         frame.calls.append(call)
         return call
 
-    def _close(self, call: _Call) -> None:
+    def _close(self, call: BegunCall) -> None:
         """Where no operator of the call was seen (a kernel of ours, a stand-in), it counts by its shapes."""
         call.backend = call.backend or ("sdpa_math" if call.seen else "sdpa")
         if not call.seen:
@@ -306,7 +305,7 @@ class Counts:
         for index, amount in enumerate((1, flops, pointwise, moved)):
             row[index] += amount
 
-    def _notice(self, frame: _Frame, op: str, args: tuple, out: Any) -> None:
+    def _notice(self, frame: Frame, op: str, args: tuple, out: Any) -> None:
         """Recover the calls of attention that is written out in an attention module: product, softmax, product."""
         if frame.attention is None:
             return
@@ -322,9 +321,9 @@ class Counts:
                 self._unfused(frame, frame.scores, b)
                 frame.scores, frame.weights = None, ()
             else:
-                frame.scores = _Scores(*a.shape, b.shape[-1], costs.nbytes(a) + costs.nbytes(b))
+                frame.scores = Scores(*a.shape, b.shape[-1], costs.nbytes(a) + costs.nbytes(b))
 
-    def _unfused(self, frame: _Frame, scores: _Scores, v: Tensor) -> None:
+    def _unfused(self, frame: Frame, scores: Scores, v: Tensor) -> None:
         heads = frame.weights[1] if len(frame.weights) == 4 else frame.width // scores.head_dim
         if not heads or scores.rows % heads:
             heads = 1
@@ -340,85 +339,6 @@ class Counts:
             bytes=scores.bytes + costs.nbytes(v) + out,
         )
         call.backend = "unfused"
-
-
-class _Scores(NamedTuple):
-    """The first product of an attention that is written out, [rows, Nq, D] x [rows, D, Nk]."""
-
-    rows: int
-    q_len: int
-    head_dim: int
-    kv_len: int
-    bytes: int
-
-
-@dataclass(slots=True, eq=False)
-class _Frame:
-    """A scope that runs.
-
-    Args:
-        attention: the innermost attention module around it, itself included.
-        calls: attention calls in it.
-        layout: bytes of layout copies in its own code; in an attention module those of its parts too.
-        width: of an attention module: columns of its first projection, heads x head_dim.
-        scores, weights: the latest product, and the latest softmax's shape.
-    """
-
-    scope: Scope
-    parent: _Frame | None = None
-    attention: _Frame | None = None
-    calls: list[_Call] = field(default_factory=list)
-    layout: int = 0
-    width: int = 0
-    scores: _Scores | None = None
-    weights: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.attention = self if self.scope.role == ATTENTION else self.parent and self.parent.attention
-
-    def settle(self) -> None:
-        """It has ended: its copies go to the calls that they were made for.
-
-        Those are the calls of an attention module. Where a module's only self-attention is temporal (a temporal
-        transformer of a UNet), what its own code copies brings the frames together: those go to its temporal calls.
-        """
-        if self.attention is self:
-            _share(self.layout, self.calls)
-        elif self.attention is not None:
-            self.parent.layout += self.layout
-        elif not any(call.kind in _BESIDE_TEMPORAL for call in self.calls):
-            _share(self.layout, [call for call in self.calls if call.kind == "temporal"])
-        if self.parent is not None:
-            self.parent.calls += self.calls
-
-
-def _share(layout: int, calls: list[_Call]) -> None:
-    for call in calls:
-        call.layout_bytes += layout // len(calls)
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """An attention call while it runs.
-
-    Args:
-        facts: what is known of it when it begins: not its backend, nor the copies around it.
-        seen: whether an operator that computes it was counted.
-        is_operator: whether it runs inside of the operator videoattn::attend.
-    """
-
-    facts: AttentionCall
-    backend: str = ""
-    layout_bytes: int = 0
-    seen: bool = False
-    is_operator: bool = False
-
-    @property
-    def kind(self) -> str:
-        return self.facts.kind
-
-    def done(self) -> AttentionCall:
-        return replace(self.facts, backend=self.backend, layout_bytes=self.layout_bytes)
 
 
 class _Functions(TorchFunctionMode):
