@@ -32,7 +32,7 @@ from videoattn.kernels.quantise_device import _operands, _statistics
 from videoattn.kernels.triton_backend import Launch, on_device_of, scale_log2, unit_stride
 from videoattn.prologue import Prologue, Stream, split_heads
 
-STATISTICS = {"ELEMENTS": 8192, "MEAN_ELEMENTS": 2048, "num_warps": 8}
+STATISTICS = {"ELEMENTS": 8192, "MEAN_ELEMENTS": 4096, "num_warps": 8}
 """Tiles and warps of the first launch. Those of the mean are smaller, lest they take the registers that let three
 programs that read v onto a multiprocessor at a time."""
 
