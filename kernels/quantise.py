@@ -28,27 +28,28 @@ from torch import Tensor
 
 from videoattn.kernels.operands import KEYS, PV, Quantised
 from videoattn.kernels.projections import Layout, Raw, finished, read
+from videoattn.kernels.prologue_device import Form
 from videoattn.kernels.quantise_device import _operands, _statistics
 from videoattn.kernels.triton_backend import Launch, on_device_of, scale_log2, unit_stride
 from videoattn.prologue import Prologue, Stream, split_heads
 
-STATISTICS = {"ELEMENTS": 8192, "MEAN_ELEMENTS": 4096, "num_warps": 8}
-"""Tiles and warps of the first launch. Those of the mean are smaller, lest they take the registers that let three
-programs that read v onto a multiprocessor at a time."""
+STATISTICS = {"ELEMENTS": 8192, "num_warps": 8}
+"""Tiles of v and warps of the first launch."""
 
 
 @functools.cache
-def config(heads: int, head_dim: int, blocks: int, capability: int) -> dict[str, int]:
+def config(heads: int, form: Form, blocks: int, capability: int) -> dict[str, int]:
     """Tiles, and how many parts the heads are cut into. blocks: of KEYS tokens, in all rows of the batch; capability: 90
     for Hopper.
 
     Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Four heads of a token of q lie
     side by side: more of a row of memory at once. Rows across heads are read twice, so few tokens a program: what all
-    programs hold must stay in L2. With 128 registers a thread four programs fit on a multiprocessor; what is compiled
-    for B200 would spill.
+    programs hold must stay in L2. With 128 registers a thread four programs fit on a multiprocessor, with 96 five; norm
+    and rotation need more than that. What is compiled for B200 would spill.
     """
-    wide = head_dim > 128
-    limit = {} if capability == 100 else {"maxnreg": 128}
+    wide = form.D > 128
+    bare = form.NORM == "none" and not form.ROTATE
+    limit = {} if capability == 100 else {"maxnreg": 96 if bare else 128}
     return {
         "ELEMENTS": 8192 if wide else 4096,
         "HB": 4,
@@ -92,15 +93,18 @@ def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device:
     """Looked up instead of worked out. A plan is of one device: what is compiled is loaded there."""
     form, nq, nk = layout.form, layout.q[0], layout.k[0]
     blocks, k_blocks, width = max(1, -(-max(nq, nk) // KEYS)), -(-nk // KEYS), -(-form.D // 16) * 16
-    settings = dict(config(heads, form.D, batch * blocks, _capability(device)))
+    settings = dict(config(heads, form, batch * blocks, _capability(device)))
     split = settings.pop("SPLIT")
     q_split, k_split = split, min(split, kv_heads)
     has_v = pv != "16bit"
     chunks = _chunks(batch * kv_heads, nk, form.DP) if has_v else 1
+    # Smaller tiles of the mean, lest they take the registers that let three programs that read v onto a multiprocessor at a
+    # time; less so where a norm reads whole tokens.
+    mean_elements = 4096 if form.ACROSS else 2048
     statistics = Launch(
         batch * kv_heads * (chunks + 1 if has_v else 1),
         (kv_heads, *layout.k, *layout.v, *layout.rope),
-        {"CHUNKS": chunks, **STATISTICS, "FORM": form},
+        {"CHUNKS": chunks, **STATISTICS, "MEAN_ELEMENTS": mean_elements, "FORM": form},
     )
     rows = settings["ELEMENTS"] // form.DP
     q_programs = KEYS // min(rows // settings["HB"], KEYS) * q_split
