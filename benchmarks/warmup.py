@@ -20,7 +20,12 @@ import torch
 import videoattn
 from videoattn.benchmarks import forward, models, results
 
-CASES = (("svd-xt", (576, 1024, 25)), ("animatediff", (576, 1024, 16)), ("modelscope", (256, 256, 16)))
+CASES = (
+    ("svd-xt", (576, 1024, 25)),
+    ("animatediff", (576, 1024, 16)),
+    ("modelscope", (256, 256, 16)),
+    ("wan-1.3b", (480, 832, 81)),
+)
 
 
 def first_forward(denoiser: torch.nn.Module, inputs: dict[str, object], device: torch.device) -> float:
