@@ -96,16 +96,18 @@ def _hunyuan15(call: _Call) -> Kwargs:
 
 
 def _cogvideox(call: _Call) -> Kwargs:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
     kwargs = {
         "hidden_states": call.randn(call.B, call.T, call.C, call.Y, call.X),
         "timestep": call.timestep(),
         "encoder_hidden_states": call.text(),
     }
     if call.config["use_rotary_positional_embeddings"]:
-        angles = call.randn(
-            call.T * (call.Y // 2) * (call.X // 2), call.config["attention_head_dim"], dtype=torch.float32
+        rows, columns = call.Y // 2, call.X // 2
+        kwargs["image_rotary_emb"] = get_3d_rotary_pos_embed(
+            call.config["attention_head_dim"], ((0, 0), (rows, columns)), (rows, columns), call.T, device=call.device
         )
-        kwargs["image_rotary_emb"] = (angles.cos(), angles.sin())
     return kwargs
 
 
