@@ -44,17 +44,19 @@ def config(heads: int, form: Form, blocks: int, capability: int) -> dict[str, in
 
     Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Four heads of a token of q lie
     side by side: more of a row of memory at once. Rows across heads are read twice, so few tokens a program: what all
-    programs hold must stay in L2. With 128 registers a thread four programs fit on a multiprocessor, with 96 five; norm
-    and rotation need more than that. What is compiled for B200 would spill.
+    programs hold must stay in L2. With 128 registers a thread four programs fit on a multiprocessor. Where nothing is
+    normalised or turned fewer do, and more programs fit: five, on Hopper eight of half the tile, which elsewhere would
+    spill, as any limit does on B200.
     """
-    wide = form.D > 128
+    warps = 8 if form.D > 128 else 4
     bare = form.NORM == "none" and not form.ROTATE
-    limit = {} if capability == 100 else {"maxnreg": 96 if bare else 128}
+    small = bare and form.DP <= 64 and capability == 90
+    limit = {} if capability == 100 else {"maxnreg": 64 if small else 96 if bare else 128}
     return {
-        "ELEMENTS": 8192 if wide else 4096,
+        "ELEMENTS": (512 if small else 1024) * warps,
         "HB": 4,
         "SPLIT": max(1, min(heads, 256 // blocks)),
-        "num_warps": 8 if wide else 4,
+        "num_warps": warps,
         **limit,
     }
 

@@ -125,7 +125,7 @@ def before() -> list[Case]:
     return [
         Case(kernel=kernel, capability=capability, family=family, head_dim=head_dim, pv=pv)
         for capability in SHARED_KIB
-        for family, head_dim in (("wan", 128), ("cogvideox", 64), ("hunyuan", 128), ("", 40), ("", 256))
+        for family, head_dim in (("wan", 128), ("cogvideox", 64), ("hunyuan", 128), ("", 40), ("", 64), ("", 256))
         for kernel, pv in (("prepare", ""), ("quantise", "fp8" if capability >= 89 else "int8"))
         if family or kernel == "quantise"
     ]
