@@ -4,6 +4,11 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CARD = "NVIDIA H200"
 PRECISIONS = {
@@ -125,6 +130,36 @@ def forwards() -> str:
     return table(["denoiser", "preset", "against", "its ms", "ms", "ratio", "commit"], rows)
 
 
+def quality() -> str:
+    found: dict[str, dict[str, str]] = {}
+    for row in newest("quality", "case", "metric"):
+        found.setdefault(row["case"].removeprefix("tiny-wan "), {})[row["metric"]] = row["value"]
+    runs = {
+        "balanced": "INT8/FP8 on every self-attention call",
+        "balanced dispatched": "what balanced itself chooses",
+        "noise floor": "noise floor: another exact kernel of torch",
+        "one step fewer": "control: exact, one step of 25 fewer",
+    }
+    rows = []
+    for case, what in runs.items():
+        mean, worst = (f"{float(found[case][f'psnr_{which}_db']):.1f}" for which in ("mean", "worst"))
+        prompts = found[case].get("prompts_followed", "")
+        rows.append([what, mean, worst, prompts and f"{prompts} of 64"])
+    rows.append(["exact attention itself", "", "", f"{found['exact']['prompts_followed']} of 64"])
+    return table(["run", "PSNR, mean, dB", "PSNR, worst, dB", "prompts followed"], rows)
+
+
+def tuned() -> str:
+    written = tomllib.loads((RESULTS / "tuned" / "tiny-wan.toml").read_text())
+    columns = ("int4_qk_fp8_pv", "int8_qk_fp8_pv", "int8_qk_16bit_pv", "exact")
+    rows = [
+        [f"`{error['site']}`", str(error["part"] + 1), *(f"{error[name]['cosine']:.5f}" for name in columns)]
+        + [f"`{written['sites'][error['site']][error['part']]}`"]
+        for error in written["errors"]
+    ]
+    return table(["layer", "third of the steps", *(f"`{name}`" for name in columns), "chosen"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made for made in (precisions, hard_inputs, int4, times, passes, forwards)
+    made.__name__: made for made in (precisions, hard_inputs, int4, times, passes, forwards, quality, tuned)
 }
