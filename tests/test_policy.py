@@ -1,6 +1,7 @@
 """A policy is a pure function of site and step, and says no to what it does not know."""
 
 import dataclasses
+import itertools
 from typing import get_args
 
 import pytest
@@ -75,6 +76,60 @@ def test_where_the_step_is_not_known_the_least_error_counts():
     assert policy(site(name="blocks.1.attn1"), Step()) == Dense("int8_qk_16bit_pv")
 
 
+SPARSE = Sparse("pooled", "int8_qk_fp8_pv")
+DENSE = Dense("int8_qk_fp8_pv")
+
+
+def schedule(policy, total, grid=None):
+    """ "S" or "D" a step of a schedule."""
+    steps = [Step(index=index, total=total, grid=grid) for index in range(total)]
+    decided = [policy(site(), step) for step in steps]
+    assert set(decided) <= {SPARSE, DENSE} and set(decided) <= policy.decisions(site())
+    for one, other in itertools.combinations(range(total), 2):  # one phase, one decision
+        if policy.phase(steps[one]) == policy.phase(steps[other]):
+            assert decided[one] == decided[other]
+    return "".join("S" if each == SPARSE else "D" for each in decided)
+
+
+def test_the_first_steps_are_dense():
+    assert schedule(Policy(decision=SPARSE), 5) == "SSSSS"
+    assert schedule(Policy(decision=SPARSE, dense_steps=0.2), 5) == "DSSSS"
+    assert schedule(Policy(decision=SPARSE, dense_steps=0.25), 10) == "DDDSSSSSSS"
+    assert schedule(Policy(decision=SPARSE, dense_steps=1.0), 3) == "DDD"
+
+
+def test_a_short_schedule_stays_dense():
+    policy = Policy(decision=SPARSE, min_steps=8)
+    assert schedule(policy, 7) == "D" * 7
+    assert schedule(policy, 8) == "S" * 8
+
+
+def test_few_tokens_stay_dense():
+    policy = Policy(decision=SPARSE, min_tokens=100)
+    grids = [Grid(frames=3, height=3, width=11), Grid(frames=2, height=5, width=10), None]
+    assert [schedule(policy, 1, grid) for grid in grids] == ["D", "S", "D"]
+
+
+@pytest.mark.parametrize("limits", [{"dense_steps": 0.1}, {"min_steps": 2}])
+def test_a_step_that_is_not_known_is_dense(limits):
+    policy = Policy(decision=SPARSE, **limits)
+    assert policy(site(), Step()) == DENSE
+    assert policy.decisions(site()) == {SPARSE, DENSE}
+
+
+def test_named_layers_stay_dense():
+    policy = Policy(decision=SPARSE, dense_layers=("blocks.0.*",), exact_layers=("blocks.9.*",))
+    decided = [policy(site(name=f"blocks.{block}.attn1"), Step()) for block in (0, 3, 9)]
+    assert decided == [DENSE, SPARSE, EXACT]
+    assert policy.decisions(site(name="blocks.0.attn1")) == {DENSE}
+
+
+def test_a_dense_decision_knows_no_dense_steps():
+    policy = Policy(decision=DENSE, dense_steps=0.5, min_steps=9, min_tokens=9)
+    assert {policy(site(), Step(index=index, total=4)) for index in range(4)} == {DENSE}
+    assert policy.phase(Step(index=0, total=4)) is None
+
+
 def test_a_tuned_policy_is_read_from_a_file(tmp_path):
     file = tmp_path / "mine.toml"
     lines = [f'"{name}" = {list(precisions)}' for name, precisions in TUNED.sites]
@@ -122,6 +177,9 @@ def test_decisions_read_as_reports_show_them():
         (lambda: Policy(kinds=("full", "all")), ValueError, "Policy.kinds: wanted one of spatial, .*, got 'all'"),
         (lambda: Policy(kinds="full"), TypeError, "wanted a tuple of str, got a str"),
         (lambda: Policy(exact_layers="blocks.*"), TypeError, "wanted a tuple of str, got a str"),
+        (lambda: Policy(dense_layers="blocks.*"), TypeError, "wanted a tuple of str, got a str"),
+        (lambda: Policy(dense_steps=20), ValueError, "Policy.dense_steps: wanted a share from 0 to 1, got 20"),
+        (lambda: Policy(min_tokens=-1), ValueError, "wanted 0 or more, got 0 and -1"),
         (lambda: Policy(tuned={}), TypeError, "Policy.tuned: wanted a Tuned, got dict"),
         (lambda: Policy("exact"), TypeError, "positional"),
         (lambda: Policy(decisions=EXACT), TypeError, "decisions"),

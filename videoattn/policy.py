@@ -9,7 +9,7 @@ Three classes of exactness, and no result changes class silently:
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, get_args
@@ -124,6 +124,14 @@ class Policy:
         kinds: the kinds of attention that `decision` is for.
         exact_layers: patterns (fnmatch) of site names that stay exact, e.g. ``("blocks.0.*",)``.
         tuned: what was measured of a model, in place of `decision` at the sites that it names (`videoattn tune`).
+
+    Where `decision` is Sparse, and one of these says so, attention is dense instead, in the decision's precision:
+        dense_steps: share of the steps, the first ones, 0 to 1: they lay out the scene, and errors in them are not made good
+            later (all published methods keep 10 % to 25 %).
+        min_steps: of a schedule; in one of few steps (distilled models) no step makes good what another left out.
+        min_tokens: of the video; short sequences are not sparse, nor does selection pay there.
+        dense_layers: patterns of site names.
+    A step that is not known (a bare denoiser's) counts as one of the first, a grid that is not known as too small.
     """
 
     name: str = "custom"
@@ -131,31 +139,60 @@ class Policy:
     kinds: tuple[Kind, ...] = ("full", "joint", "spatial")
     exact_layers: tuple[str, ...] = ()
     tuned: Tuned | None = None
+    dense_steps: float = 0.0
+    min_steps: int = 0
+    min_tokens: int = 0
+    dense_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.decision, Dense | Sparse):
             raise TypeError(f"Policy.decision: wanted Dense or Sparse, got {type(self.decision).__name__}")
-        if isinstance(self.kinds, str) or isinstance(self.exact_layers, str):
-            raise TypeError("Policy.kinds and Policy.exact_layers: wanted a tuple of str, got a str")
+        if any(isinstance(names, str) for names in (self.kinds, self.exact_layers, self.dense_layers)):
+            raise TypeError("Policy.kinds, exact_layers and dense_layers: wanted a tuple of str, got a str")
         for kind in self.kinds:
             _one_of("Policy.kinds", kind, KINDS)
         if self.tuned is not None and not isinstance(self.tuned, Tuned):
             raise TypeError(f"Policy.tuned: wanted a Tuned, got {type(self.tuned).__name__}")
+        if not 0.0 <= self.dense_steps <= 1.0:
+            raise ValueError(f"Policy.dense_steps: wanted a share from 0 to 1, got {self.dense_steps}")
+        if self.min_steps < 0 or self.min_tokens < 0:
+            raise ValueError(
+                f"Policy.min_steps and min_tokens: wanted 0 or more, got {self.min_steps} and {self.min_tokens}"
+            )
 
     def __call__(self, site: Site, step: Step) -> Decision:
         if site.kind not in self.kinds or any(fnmatchcase(site.name, pattern) for pattern in self.exact_layers):
             return EXACT
         precision = None if self.tuned is None else self.tuned.precision(site.name, step)
-        return self.decision if precision is None else Dense(precision)
+        if precision is not None:
+            return Dense(precision)
+        if isinstance(self.decision, Sparse) and (
+            not self._sparse_at(step) or any(fnmatchcase(site.name, pattern) for pattern in self.dense_layers)
+        ):
+            return Dense(self.decision.precision)
+        return self.decision
+
+    def _sparse_at(self, step: Step) -> bool:
+        """Whether a step may be sparse, whatever the site."""
+        if (self.dense_steps or self.min_steps) and not step.total:
+            return False
+        if step.total < self.min_steps or step.index < self.dense_steps * step.total:
+            return False
+        return not self.min_tokens or (step.grid is not None and step.grid.tokens >= self.min_tokens)
 
     def decisions(self, site: Site) -> set[Decision]:
         """All that may be decided at a site in the course of a schedule."""
         parts = 1 if self.tuned is None else self.tuned.ranges
-        return {self(site, Step(index=part, total=parts)) for part in range(parts)}
+        found = {self(site, Step(index=part, total=parts)) for part in range(parts)}
+        if isinstance(self.decision, Sparse):
+            always = replace(self, dense_steps=0.0, min_steps=0, min_tokens=0)
+            found |= {always(site, Step(index=part, total=parts)) for part in range(parts)}
+        return found
 
     def phase(self, step: Step) -> Hashable:
         """Equal for steps at which every site decides alike, so that decisions are made once a phase."""
-        return None if self.tuned is None else self.tuned.range_of(step)
+        part = None if self.tuned is None else self.tuned.range_of(step)
+        return (part, self._sparse_at(step)) if isinstance(self.decision, Sparse) else part
 
     @classmethod
     def load(cls, path: Path | str) -> Policy:
