@@ -1,0 +1,157 @@
+"""XAttention's estimator in Triton against plain torch: in Triton's interpreter, or on the GPU where there is one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from kernel_checks import DEVICE
+
+from videoattn.kernels import antidiagonal
+from videoattn.selection import xattention
+from videoattn.testing import make_qkv
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # inf - inf of NaN
+FP16, BF16 = torch.float16, torch.bfloat16
+
+
+def inputs(live, block, batch=2, heads=4, kv_heads=2, head_dim=64, dtype=BF16, layout="BNHD", device=DEVICE):
+    """q and k, where groups of empty places are up to the caller, and live on the device."""
+    places = len(live) * block
+    q, k, _ = make_qkv(
+        batch, places, places, heads, head_dim, kv_heads=kv_heads, dtype=dtype, layout=layout, device=device
+    )
+    return q, k, torch.tensor(live, dtype=torch.int32, device=device)
+
+
+def empty_places(live, block, stride):
+    return (xattention.group_share(live, block, stride) == 0).repeat_interleave(stride)
+
+
+def check(q, k, live, stride, **options):
+    got = antidiagonal.block_mass(q, k, live, stride=stride, **options)
+    expected = xattention.block_mass(q, k, live, stride=stride, **options)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("live", "block", "stride", "options"),
+    [
+        ([64, 64, 64], 64, 16, {}),
+        ([128, 126, 84, 128, 1], 128, 16, {"head_dim": 128, "dtype": FP16}),
+        ([64, 60, 64, 3, 17, 64, 64, 8, 9], 64, 4, {"layout": "fused", "kv_heads": 4}),  # tails of tiles
+        ([128, 128, 77], 128, 8, {"layout": "BHND", "kv_heads": 1, "dtype": FP16}),
+        ([5], 64, 64, {"batch": 1, "heads": 1, "kv_heads": 1}),
+        ([64] * 66, 64, 64, {"batch": 1, "heads": 2, "head_dim": 16}),  # a group a block, two tiles
+        ([64, 33], 64, 1, {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 24}),
+        ([128, 100], 128, 32, {"head_dim": 72}),  # two parts
+        ([128, 100], 128, 16, {"batch": 1, "heads": 3, "kv_heads": 1, "head_dim": 160, "dtype": FP16}),
+        ([64, 64], 64, 8, {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 256}),
+    ],
+    ids=str,
+)
+def test_it_equals_torch(live, block, stride, options, poisoned):
+    q, k, live = inputs(live, block, **options)
+    check(q, k, live, stride)
+
+
+def test_groups_of_empty_places_may_hold_anything(poisoned):
+    q, k, live = inputs([64, 30, 1, 64, 16], 64)
+    expected = antidiagonal.block_mass(q, k, live, stride=8)
+    empty = empty_places(live, 64, 8)
+    for poison in (3e38, torch.inf, torch.nan):
+        q[:, empty], k[:, empty] = poison, poison
+        assert torch.equal(antidiagonal.block_mass(q, k, live, stride=8), expected)
+
+
+def test_a_row_holds_its_live_queries(poisoned):
+    q, k, live = inputs([64, 30, 1, 64, 16], 64)
+    rows = antidiagonal.block_mass(q, k, live, stride=8).sum(-1)
+    torch.testing.assert_close(rows, (live / 8).expand(2, 4, 5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0, -1.0])
+def test_any_scale(scale, poisoned):
+    q, k, live = inputs([64, 30, 9], 64, heads=2, kv_heads=1)
+    check(q, k, live, 8, scale=scale)
+
+
+def test_sums_beyond_half_precision(poisoned):
+    """A sum over a group is far above 65504, a score is not."""
+    q, k, live = inputs([64, 64], 64, batch=1, heads=1, kv_heads=1, dtype=FP16)
+    q, k = 300 * q.sign(), 300 * torch.ones_like(k)
+    q[:, :64] = 300
+    assert (q[0, :16, 0].float() * k[0, :16, 0].float()).sum() > 65504
+    check(q, k, live, 16, scale=1e-6)
+
+
+def test_nan_stays_in_its_row(poisoned):
+    """Of a query in its block's row, of a key in all rows of its heads."""
+    q, k, live = inputs([64, 64, 20], 64)
+    usual = antidiagonal.block_mass(q, k, live, stride=16)
+    q[1, 70, 2, 5] = torch.nan
+    got = antidiagonal.block_mass(q, k, live, stride=16)
+    assert got[1, 2, 1].isnan().all()
+    usual[1, 2, 1] = torch.nan
+    assert torch.equal(got.nan_to_num(-1.0), usual.nan_to_num(-1.0))
+    k[0, 3, 1, 0] = torch.nan
+    got = antidiagonal.block_mass(q, k, live, stride=16)
+    assert got[0, 2:].isnan().all() and torch.equal(got[0, :2], usual[0, :2])
+
+
+def test_elements_that_do_not_lie_side_by_side(poisoned):
+    q, k, live = inputs([64, 30], 64, heads=2)
+    q, k = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k))
+    check(q, k, live, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "block", "stride", "reason"),
+    [
+        ({"dtype": torch.float32}, 64, 16, "takes q and k both in fp16 or in bf16, got torch.float32"),
+        ({"head_dim": 12}, 64, 16, "takes head_dim 16 to 256 in steps of 8, got 12"),
+        ({"head_dim": 8}, 64, 16, "takes head_dim 16 to 256"),
+        ({}, 64, 12, "takes blocks of 1, 2, 4 ... 64 groups, got blocks of 64 and a stride of 12"),
+        ({}, 48, 16, "takes blocks of 1, 2, 4 ... 64 groups, got blocks of 48 and a stride of 16"),
+        ({}, 128, 1, "takes blocks of 1, 2, 4 ... 64 groups"),
+    ],
+    ids=str,
+)
+def test_what_it_refuses(options, block, stride, reason):
+    q, k, live = inputs([block, 5], block, batch=1, heads=2, **options)
+    assert reason in antidiagonal.refuses(q, k, live, stride)
+    with pytest.raises(ValueError, match="antidiagonal: takes"):
+        antidiagonal.block_mass(q, k, live, stride=stride)
+
+
+def test_it_refuses_older_cards(monkeypatch):
+    monkeypatch.setattr(antidiagonal, "_capability", lambda device: 75)
+    assert antidiagonal.refuses(*inputs([64], 64), 16) == "needs an NVIDIA card of compute capability 8.0"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "stride"), [(64, 8), (128, 16)])
+def test_the_selector_takes_it_on_a_gpu(head_dim, stride, monkeypatch):
+    from videoattn.call import Grid
+    from videoattn.selection.arrangement import Tokens, arrange
+
+    arrangement = arrange(
+        Tokens(grid=Grid(frames=9, height=30, width=45), after=77), "tiles", 128, torch.device("cuda")
+    )
+    count = arrangement.tokens.count
+    q, k, _ = make_qkv(2, count, count, 4, head_dim, kv_heads=2, dtype=BF16, device="cuda")
+    q, k = arrangement.arranged(q), arrangement.arranged(k)
+    check(q, k, arrangement.live, stride)
+    monkeypatch.setattr(xattention, "block_mass", None)
+    keep = xattention.XAttention(stride=stride).keep(arrangement, 4, q, k)
+    assert keep.shape == (2, 4, arrangement.blocks, arrangement.blocks) and keep.any(-1).all()
+
+
+@pytest.mark.gpu
+def test_rows_beyond_32_bits_on_a_gpu():
+    """The last head of 128: its last rows lie 2^31 elements behind the first."""
+    block, n = 128, 1040
+    x = torch.randn(1, n * block, 128, 128, dtype=BF16, device="cuda")
+    q, k = x[:, :, -1:], x[:, :, -2:-1]
+    assert (q.shape[1] - 1) * q.stride(1) > 2**31
+    check(q, k, torch.full((n,), block, dtype=torch.int32, device="cuda"), 16)

@@ -1,0 +1,123 @@
+"""The share of exact attention that a mask keeps, against softmax over the tokens as they came."""
+
+import pytest
+import torch
+
+from videoattn.call import Grid
+from videoattn.selection import recall as module
+from videoattn.selection.arrangement import Tokens, arrange
+from videoattn.selection.pooled import Pooled
+from videoattn.selection.random import Random
+from videoattn.selection.recall import recall
+
+
+def laid_out(order="tiles", frames=5, **text):
+    return arrange(Tokens(grid=Grid(frames=frames, height=6, width=7), **text), order, 16, torch.device("cpu"))
+
+
+def inputs(arrangement, batch=2, heads=4, kv_heads=2, head_dim=8):
+    n = arrangement.tokens.count
+    return 1.5 * torch.randn(batch, n, heads, head_dim), 1.5 * torch.randn(batch, n, kv_heads, head_dim)
+
+
+def kept_mass(q, k, keep, arrangement):
+    """fp64 [B, H, N]: of each token as a query, in the tokens' own order."""
+    k = k.double().repeat_interleave(q.shape[2] // k.shape[2], 2)
+    p = (torch.einsum("bihd,bjhd->bhij", q.double(), k) * q.shape[-1] ** -0.5).softmax(-1)
+    block = arrangement.places // arrangement.block
+    pairs = keep.expand(*p.shape[:2], -1, -1)[:, :, block][..., block]
+    return (p * pairs).sum(-1)
+
+
+@pytest.mark.parametrize("order", ["raster", "tiles", "morton"])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_it_is_the_mass_of_softmax(order, frames):
+    """Odd sizes, shared keys, text on both sides, empty places."""
+    arrangement = laid_out(order, frames, before=3, after=9)
+    q, k = inputs(arrangement)
+    n = arrangement.blocks
+    for keep in (torch.rand(2, 4, n, n) < 0.4, torch.rand(1, 1, n, n) < 0.4):
+        got = recall(*map(arrangement.arranged, (q, k)), keep, arrangement)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), kept_mass(q, k, keep, arrangement).mean(-1), rtol=1e-5, atol=0)
+
+
+def test_sampled_rows_are_rows():
+    """Taken alone or together: the mean of those that were drawn, by their seed."""
+    arrangement = laid_out(after=9)
+    q, k = inputs(arrangement)
+    keep = torch.rand(2, 4, arrangement.blocks, arrangement.blocks) < 0.4
+    arranged = [arrangement.arranged(x) for x in (q, k)]
+    mass = kept_mass(q, k, keep, arrangement)
+    single = {seed: recall(*arranged, keep, arrangement, rows=1, seed=seed).double() for seed in range(5)}
+    for got in single.values():
+        assert ((mass - got[..., None]).abs() < 1e-5).all((0, 1)).sum() == 1
+    assert len({float(got[0, 0]) for got in single.values()}) > 1
+    some = recall(*arranged, keep, arrangement, rows=100)
+    assert torch.equal(some, recall(*arranged, keep, arrangement, rows=100))
+    assert ((some - mass.mean(-1)).abs() < 5 * mass.std(-1) / 10).all()
+    every = recall(*arranged, keep, arrangement)
+    assert torch.equal(recall(*arranged, keep, arrangement, rows=10**6), every)
+
+
+def test_empty_places_may_hold_anything():
+    arrangement = laid_out()
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    keep = torch.rand(1, 1, arrangement.blocks, arrangement.blocks) < 0.4
+    expected = recall(q, k, keep, arrangement)
+    empty = torch.ones(q.shape[1], dtype=torch.bool)
+    empty[arrangement.places] = False
+    assert empty.any()
+    q[:, empty], k[:, empty] = torch.nan, torch.nan
+    assert torch.equal(recall(q, k, keep, arrangement), expected)
+
+
+def test_everything_nothing_and_two_halves():
+    arrangement = laid_out(before=3)
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    n = arrangement.blocks
+    torch.testing.assert_close(recall(q, k, torch.ones(1, 1, n, n).bool(), arrangement), torch.ones(2, 4))
+    assert not recall(q, k, torch.zeros(1, 1, n, n).bool(), arrangement).any()
+    half = torch.rand(2, 4, n, n) < 0.5
+    both = recall(q, k, half, arrangement) + recall(q, k, ~half, arrangement)
+    torch.testing.assert_close(both, torch.ones(2, 4))
+
+
+def test_scale_is_that_of_the_call():
+    """At 0 every key counts the same: the share of the tokens."""
+    arrangement = laid_out(after=9)
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    keep = torch.rand(1, 1, arrangement.blocks, arrangement.blocks) < 0.4
+    live = arrangement.live.double()
+    expected = (live @ keep[0, 0].double() @ live) / live.sum() ** 2
+    torch.testing.assert_close(
+        recall(q, k, keep, arrangement, scale=0.0).double(), expected.expand(2, 4), rtol=1e-5, atol=0
+    )
+
+
+def test_chunks_change_nothing(monkeypatch):
+    arrangement = laid_out()
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    keep = torch.rand(1, 1, arrangement.blocks, arrangement.blocks) < 0.4
+    whole = recall(q, k, keep, arrangement)
+    for scores in (1, 7 * 2 * q.shape[1]):
+        monkeypatch.setattr(module, "SCORES", scores)
+        torch.testing.assert_close(recall(q, k, keep, arrangement), whole)
+
+
+def test_a_selector_that_looks_beats_the_control():
+    arrangement = laid_out("tiles")
+    n = arrangement.blocks
+    direction = torch.nn.functional.one_hot(torch.arange(n), n).float().repeat_interleave(16, 0)[None, :, None]
+    q, k = 4 * direction + torch.randn(1, n * 16, 2, n), 4 * direction + torch.randn(1, n * 16, 2, n)
+    q, k = (arrangement.arranged(arrangement.restored(x)) for x in (q, k))
+    looks = recall(q, k, Pooled(density=0.2).keep(arrangement, 2, q, k), arrangement)
+    control = recall(q, k, Random(density=0.2).keep(arrangement, 2), arrangement)
+    assert (looks > control + 0.2).all()
+
+
+def test_rows_are_checked():
+    arrangement = laid_out()
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    with pytest.raises(ValueError, match="wanted one row at least, got 0"):
+        recall(q, k, torch.ones(1, 1, arrangement.blocks, arrangement.blocks).bool(), arrangement, rows=0)

@@ -1,0 +1,103 @@
+"""What a selector is, and what stays whatever it says.
+
+Letters: B batch, P places (tokens in blocks), H heads, Hkv key heads, D head_dim, n blocks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from videoattn.selection.arrangement import Arrangement, Order
+from videoattn.selection.block_list import BlockList
+
+
+class Selector(Protocol):
+    """A frozen dataclass of parameters, so that plans go by it.
+
+    order: in which the tokens lie for it. dynamic: whether it looks at q and k.
+    """
+
+    order: Order
+    dynamic: ClassVar[bool]
+
+    def keep(
+        self,
+        arrangement: Arrangement,
+        heads: int,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Which key blocks to keep, bool [B, H, n, n]; dimensions of 1 in place of B and H where all are alike.
+
+        q: [B, P, H, D]; k: [B, P, Hkv, D], arranged; of a dynamic selector. scale: on q k^T, 1 / sqrt(D) where None.
+        """
+
+
+SELECTORS = {
+    "sliding_tiles": ("videoattn.selection.sliding_tiles", "SlidingTiles"),
+    "radial": ("videoattn.selection.radial", "Radial"),
+    "bands": ("videoattn.selection.bands", "Bands"),
+    "sharded": ("videoattn.selection.sharded", "Sharded"),
+    "xattention": ("videoattn.selection.xattention", "XAttention"),
+    "pooled": ("videoattn.selection.pooled", "Pooled"),
+    "random": ("videoattn.selection.random", "Random"),
+}
+"""Name -> module and class; "random" is the control that all others are measured against."""
+
+
+def selector_of(name: str, **parameters: object) -> Selector:
+    """A selector by its name."""
+    if name not in SELECTORS:
+        raise ValueError(f"selector: wanted one of {', '.join(SELECTORS)}, got {name!r}")
+    module, cls = SELECTORS[name]
+    return getattr(importlib.import_module(module), cls)(**parameters)
+
+
+def required(arrangement: Arrangement, *, first_frame: bool = True) -> Tensor:
+    """What stays whatever a selector says, bool [n, n]: the diagonal, text keys, all keys of text queries.
+
+    first_frame: also every key block of the first frame alone, which image-to-video models condition on and others attend
+        to from everywhere (Radial Attention, arXiv:2506.19852). A block that holds later frames too is not meant: in tiles
+        and in Morton order these would be a quarter to half of all.
+    """
+    n, video = arrangement.blocks, arrangement.video_blocks
+    keep = torch.eye(n, dtype=torch.bool, device=arrangement.live.device)
+    keep[:, video:] = True
+    keep[video:] = True
+    if first_frame:
+        keep[:, :video] |= arrangement.boxes[:, 0, 1] == 0
+    return keep
+
+
+def select(
+    selector: Selector,
+    arrangement: Arrangement,
+    heads: int,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    first_frame: bool = True,
+) -> BlockList:
+    """The lists of a selector, with what is required.
+
+    Args:
+        heads: of q. q: [B, P, H, D]; k: [B, P, Hkv, D], in the arrangement's order; of a dynamic selector.
+        scale: on q k^T, 1 / sqrt(D) where None. first_frame: see `required`.
+
+    Raises:
+        ValueError: tokens in another order than the selector's, or q and k that are not arranged.
+    """
+    if arrangement.order != selector.order:
+        raise ValueError(f"select: wanted tokens in the order {selector.order!r}, got {arrangement.order!r}")
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and x.shape[1] != arrangement.index.shape[0]:
+            raise ValueError(f"select: wanted {name} of {arrangement.index.shape[0]} places, got {x.shape[1]}")
+    keep = selector.keep(arrangement, heads, q, k, scale) | required(arrangement, first_frame=first_frame)
+    batch = keep.shape[0] if q is None else q.shape[0]
+    return BlockList.of(keep, arrangement.live, arrangement.block, arrangement.block).expand(batch, heads)

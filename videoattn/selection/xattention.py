@@ -1,0 +1,138 @@
+"""Key blocks by their attention mass, estimated on antidiagonals: XAttention (Xu et al., arXiv:2503.16428, section 2).
+
+Blocks are cut into groups of S places. A group of queries meets a group of keys on the antidiagonal of their S x S
+scores, which touches every row and every column once, so that both vertical and slanted patterns cross it:
+
+    score_ab = scale / S  sum_s q[a S + S-1-s] . k[b S + s]
+    mass_IJ  = sum_{a in I} w_a  sum_{b in J} p_ab,    p_ab = w_b exp(score_ab) / sum_b w_b exp(score_ab)
+
+and of each row the fewest key blocks stay that hold tau of the mass. That is a matrix product of P / S groups with an
+inner size of S D: 1 / S of q k^T.
+
+w is the live share of a group. The paper has none, and its code lets padding into the softmax, as keys with score 0: of
+130 tokens, the 2 in the second block got half of the mass. Here a group that is empty has weight 0, -inf before the
+softmax, and one with r live places counts r / S: of queries without preference every block gets its share of the
+tokens. The places that are missing in such a group repeat its last token, in place of which nothing better is known.
+
+Letters: B batch, P places, H heads, Hkv key heads, G = H / Hkv, D head_dim, n blocks, S stride, T = P / S groups.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from videoattn.selection.arrangement import ORDERS, Arrangement, Order
+from videoattn.selection.threshold import best, by_mass, check_share, video_only
+
+SCORES = 2**24
+"""Scores held at a time, 64 MiB in fp32, unless those of one query block in a key head's G heads are more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XAttention:
+    """XAttention's selection; by tau, text blocks are judged as any others.
+
+    Args:
+        stride: places of a group; divides the block.
+        tau: share of the mass to keep, above 0, 1 at most; 0.9 where neither is given.
+        density: instead, the share of the video's key blocks to keep, those with the greatest mass, rounded up.
+        order: in which the tokens lie; as published, frame by frame.
+
+    NaN: a query block with a NaN score keeps everything; one in k concerns all query blocks of the head.
+    """
+
+    dynamic: ClassVar[bool] = True
+
+    stride: int = 16
+    tau: float | None = None
+    density: float | None = None
+    order: Order = "raster"
+
+    def __post_init__(self) -> None:
+        if self.tau is None and self.density is None:
+            object.__setattr__(self, "tau", 0.9)
+        if self.tau is not None and self.density is not None:
+            raise ValueError(f"XAttention: wanted tau or density, got tau={self.tau} and density={self.density}")
+        check_share("XAttention: tau", self.tau)
+        check_share("XAttention: density", self.density)
+        if self.stride < 1:
+            raise ValueError(f"XAttention: stride: wanted 1 or more, got {self.stride}")
+        if self.order not in ORDERS:
+            raise ValueError(f"XAttention: wanted an order of {', '.join(ORDERS)}, got {self.order!r}")
+
+    @torch.no_grad()
+    def keep(
+        self,
+        arrangement: Arrangement,
+        heads: int,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """bool [B, H, n, n]. By the kernel on a GPU where it takes the call, by torch elsewhere."""
+        if q is None or k is None:
+            raise ValueError("XAttention: wanted q and k, got none")
+        mass = _estimator(q, k, arrangement, self.stride)(q, k, arrangement.live, stride=self.stride, scale=scale)
+        if self.density is None:
+            return by_mass(mass, self.tau)
+        return video_only(best(mass[..., : arrangement.video_blocks], self.density), arrangement.blocks)
+
+
+def _estimator(q: Tensor, k: Tensor, arrangement: Arrangement, stride: int):
+    if q.is_cuda and importlib.util.find_spec("triton"):
+        from videoattn.kernels import antidiagonal  # not before: importing this package does not import Triton
+
+        if antidiagonal.refuses(q, k, arrangement.live, stride) is None:
+            return antidiagonal.block_mass
+    return block_mass
+
+
+def block_mass(q: Tensor, k: Tensor, live: Tensor, *, stride: int, scale: float | None = None) -> Tensor:
+    """mass_IJ, fp32 [B, H, n, n]; a row's sum is the number of its live queries over S.
+
+    In plain torch and fp32, a key head and some query blocks at a time: SCORES scores and their softmax are held, and
+    the keys of one head in fp32, never T x T.
+
+    Args:
+        q: [B, P, H, D]; k: [B, P, Hkv, D], in n blocks.
+        live: int32 [n], how many places of a block are taken, the first ones.
+        stride: S. scale: 1 / sqrt(D) by default.
+    """
+    batch, places, heads, head_dim = q.shape
+    kv_heads, n = k.shape[2], live.shape[0]
+    block, group, groups = places // n, heads // kv_heads, places // stride
+    if block % stride:
+        raise ValueError(f"XAttention: wanted a stride that divides blocks of {block}, got {stride}")
+    factor = (head_dim**-0.5 if scale is None else scale) / stride
+    per_block = block // stride
+    share = group_share(live, block, stride)
+    bias, empty = share.log(), share == 0
+    step = max(1, SCORES // (group * per_block * groups))
+    mass = torch.empty(batch, heads, n, n, dtype=torch.float32, device=q.device)
+    for b in range(batch):
+        for head in range(kv_heads):
+            mine = slice(head * group, (head + 1) * group)
+            keys = k[b, :, head].float().reshape(groups, stride * head_dim).T
+            for first in range(0, n, step):
+                some = slice(first * block, (first + step) * block)
+                rows = slice(first * per_block, (first + step) * per_block)
+                # Scaled before the sum over S D; the places of a group in reverse: [G, groups, S D].
+                queries = (q[b, some, mine].float() * factor).unflatten(0, (-1, stride)).flip(1)
+                queries = queries.permute(2, 0, 1, 3).flatten(2)
+                # Filled, not only biased: inf - inf would be NaN.
+                scores = (queries @ keys).add_(bias).masked_fill_(empty, -torch.inf)
+                sums = scores.softmax(-1).unflatten(-1, (n, -1)).sum(-1) * share[rows, None]
+                sums = sums.masked_fill_(empty[rows, None], 0.0)
+                mass[b, mine, first : first + step] = sums.unflatten(1, (-1, per_block)).sum(2)
+    return mass
+
+
+def group_share(live: Tensor, block: int, stride: int) -> Tensor:
+    """The share of live places of each group of `stride`, fp32 [T]; live: int32 [n]."""
+    starts = torch.arange(0, block, stride, dtype=torch.int32, device=live.device)
+    return ((live[:, None] - starts).clamp(0, stride) / stride).flatten()
