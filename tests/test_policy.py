@@ -188,7 +188,8 @@ def test_decisions_read_as_reports_show_them():
             ValueError,
             "precision: wanted one of exact, int8_qk_fp8_pv, int8_qk_16bit_pv, int8_qk_int8_pv, got 'int4'",
         ),
-        (lambda: Sparse("random"), ValueError, "selector: wanted one of pooled, got 'random'"),
+        (lambda: Sparse("random"), TypeError, "density"),
+        (lambda: Sparse("dense"), ValueError, "selector: wanted one of sliding_tiles, .*, pooled, random, got 'dense'"),
         (lambda: Sparse("pooled", "int4"), ValueError, "precision: wanted one of"),
     ],
 )

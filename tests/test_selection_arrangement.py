@@ -10,7 +10,7 @@ import torch
 from videoattn.call import Grid
 from videoattn.selection.arrangement import ORDERS, SLACK, Tokens, arrange, best_tile
 from videoattn.selection.block_list import BlockList
-from videoattn.selection.selector import SELECTORS, required, select, selector_of
+from videoattn.selection.selector import SELECTORS, label, required, select, selector_of
 
 CPU = torch.device("cpu")
 GRIDS = [(4, 6, 8), (5, 7, 9), (1, 9, 11), (13, 1, 1), (1, 1, 1), (3, 2, 2)]
@@ -266,3 +266,11 @@ def test_selectors_go_by_name():
         selector_of("dense")
     with pytest.raises(TypeError):
         selector_of("sharded", size=3)
+
+
+def test_a_selector_is_shown_by_its_name_and_what_is_unusual():
+    assert label(selector_of("pooled")) == "pooled"
+    assert label(selector_of("pooled", tau=0.8, order="raster")) == "pooled tau=0.8 order=raster"
+    assert label(selector_of("xattention", density=0.3)) == "xattention tau=None density=0.3"
+    assert label(selector_of("random", density=0.3)) == "random density=0.3 seed=0 order=raster"
+    assert label(Nothing()) == "Nothing"

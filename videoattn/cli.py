@@ -33,6 +33,7 @@ BENCHMARKS = {
     "host_time": "host time that a call costs more",
     "prologue": "norm, rotation and quantisation in one pass before attention, against diffusers' own operations",
     "quality_tiny": "what quantised attention costs on the trained model",
+    "recall_tiny": "how much of attention each selector of key blocks keeps on the trained model",
     "quantised": "quantised attention against cuDNN and SageAttention 1, and its errors",
     "io_bytes": "HBM bytes of our kernels: the profiler's I/O model against ncu's counters",
     "profile_truth": "the profiler's shares and FLOPs against costs that are known",

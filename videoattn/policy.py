@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from videoattn.call import KINDS, Kind, Site, Step
+from videoattn.selection.selector import Selector, label, selector_of
 
 try:
     import tomllib
@@ -31,8 +32,6 @@ FINER: dict[Precision, tuple[Precision, ...]] = {
     "int8_qk_int8_pv": ("int8_qk_16bit_pv", "exact"),
 }
 """What may stand in for a precision, because its error is smaller."""
-
-Selector = Literal["pooled"]
 
 
 def _one_of(what: str, got: object, wanted: tuple[str, ...]) -> None:
@@ -55,17 +54,18 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """Every query block attends to the key blocks that `selector` keeps."""
+    """Every query block attends to the key blocks that `selector` keeps: one of videoattn/selection, or its name."""
 
-    selector: Selector = "pooled"
+    selector: Selector | str = "pooled"
     precision: Precision = "exact"
 
     def __post_init__(self) -> None:
-        _one_of("selector", self.selector, get_args(Selector))
+        if isinstance(self.selector, str):
+            object.__setattr__(self, "selector", selector_of(self.selector))
         _one_of("precision", self.precision, get_args(Precision))
 
     def __str__(self) -> str:
-        return f"sparse[{self.selector}] {self.precision}"
+        return f"sparse[{label(self.selector)}] {self.precision}"
 
 
 Decision = Dense | Sparse

@@ -6,6 +6,7 @@ Letters: B batch, P places (tokens in blocks), H heads, Hkv key heads, D head_di
 from __future__ import annotations
 
 import importlib
+from dataclasses import MISSING, fields
 from typing import ClassVar, Protocol
 
 import torch
@@ -56,6 +57,22 @@ def selector_of(name: str, **parameters: object) -> Selector:
         raise ValueError(f"selector: wanted one of {', '.join(SELECTORS)}, got {name!r}")
     module, cls = SELECTORS[name]
     return getattr(importlib.import_module(module), cls)(**parameters)
+
+
+def label(selector: Selector) -> str:
+    """A selector as reports show it: its name, and the parameters that are not the default's.
+
+    >>> label(selector_of("pooled", tau=0.8))
+    'pooled tau=0.8'
+    """
+    cls = type(selector)
+    name = next((name for name, at in SELECTORS.items() if at == (cls.__module__, cls.__qualname__)), cls.__name__)
+    own = fields(selector)
+    usual = None if any(field.default is MISSING for field in own) else cls()
+    shown = (
+        field.name for field in own if usual is None or getattr(selector, field.name) != getattr(usual, field.name)
+    )
+    return " ".join([name, *(f"{key}={getattr(selector, key)}" for key in shown)])
 
 
 def required(arrangement: Arrangement, *, first_frame: bool = True) -> Tensor:
