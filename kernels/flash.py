@@ -77,6 +77,37 @@ def config(head_dim: int, itemsize: int, capability: int, masked: bool) -> dict[
 
 
 @triton.jit
+def scores(q0, q1, k0, k1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """q k^T, a sum over the parts of the head; D1: 0 where there is one."""
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def accumulate(
+    acc0, acc1, m, l,
+    s, scale, v, start, v_rows, v_sn, keep,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: scores s of a tile of keys, and its values. GUARD: a row may have met no key yet."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_scaled = m_new * scale
+    if GUARD:
+        m_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)
+    p = tl.exp2(s * scale - m_scaled[:, None])
+    shrink = tl.exp2(m * scale - m_scaled)
+    l = l * shrink + tl.sum(p, 1)
+    v0, v1 = load_head(v + v_sn.to(tl.int64) * start, v_rows, keep, D, D0, D1)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    if D1:
+        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    return acc0, acc1, m_new, l
+
+
+@triton.jit
 def _tile(
     acc0, acc1, m, l,
     q0, q1, k, v, mask,
@@ -88,9 +119,7 @@ def _tile(
     keys = start + tl.arange(0, N)
     keep = (keys < limit)[:, None] if PARTIAL else tl.full([N, 1], True, tl.int1)
     k0, k1 = load_head(k + k_sn.to(tl.int64) * start, k_rows, keep, D, D0, D1)
-    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-    if D1:
-        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    s = scores(q0, q1, k0, k1, D1, PRECISION)
     if mask is not None:
         places = mask_rows + keys.to(tl.int64)[None, :] * mask_sk
         pairs = (queries < q_len)[:, None]
@@ -105,20 +134,10 @@ def _tile(
         s = tl.where((keys < limit)[None, :], s, float("-inf"))
         if CAUSAL:
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
-
-    m_new = tl.maximum(m, tl.max(s, 1))
-    m_scaled = m_new * scale
-    if PARTIAL or mask is not None:  # a row may have met no key yet
-        m_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)
-    p = tl.exp2(s * scale - m_scaled[:, None])
-    shrink = tl.exp2(m * scale - m_scaled)
-    l = l * shrink + tl.sum(p, 1)
-    v0, v1 = load_head(v + v_sn.to(tl.int64) * start, v_rows, keep, D, D0, D1)
-    p = p.to(v0.dtype)
-    acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
-    if D1:
-        acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
-    return acc0, acc1, m_new, l
+    return accumulate(
+        acc0, acc1, m, l, s, scale, v, start, v_rows, v_sn, keep,
+        D, D0, D1, PARTIAL or mask is not None, PRECISION,
+    )  # fmt: skip
 
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -45,10 +46,12 @@ class Case:
         tokens: queries and keys of a row; the other kernels are made for any number.
         pv: how the quantised kernel multiplies p and v.
         family: whose projections a pass before attention takes, "" for finished q, k and v.
+        blocks: places of a block of queries and of one of keys, of the block-sparse kernel.
+        pooled: whether it has the pooled remainder.
         tuned: entries that replace those of the shipped config.
     """
 
-    kernel: Literal["temporal", "flash", "quantised", "prepare", "quantise"]
+    kernel: Literal["temporal", "flash", "block_sparse", "antidiagonal", "quantised", "prepare", "quantise"]
     capability: int
     head_dim: int
     tokens: int = 4096
@@ -59,11 +62,16 @@ class Case:
     lse: bool = False
     pv: Literal["fp8", "16bit", "int8", ""] = ""
     family: Literal["wan", "cogvideox", "hunyuan", ""] = ""
+    blocks: tuple[int, int] = (128, 128)
+    pooled: bool = False
     tuned: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         shape = f" x {self.tokens} tokens" if self.kernel == "temporal" else ""
-        extras = [self.mask] * (self.mask != "none") + [x for x in ("causal", "kv_len", "lse") if getattr(self, x)]
+        extras = [self.mask] * (self.mask != "none")
+        extras += [x for x in ("causal", "kv_len", "pooled", "lse") if getattr(self, x)]
+        if self.kernel == "block_sparse":
+            extras.append("blocks {} x {}".format(*self.blocks))
         kernel = " ".join(filter(None, (self.kernel, self.family, self.pv)))
         return " ".join([f"{kernel} sm_{self.capability} head_dim {self.head_dim}{shape} {self.dtype}", *extras])
 
@@ -97,7 +105,7 @@ class Figures:
         if self.shared > 1024 * SHARED_KIB[case.capability]:
             found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.capability]}")
         if (
-            case.kernel in ("flash", "quantised")
+            case.kernel in ("flash", "block_sparse", "antidiagonal", "quantised")
             and case.capability == 90
             and case.dtype != "fp32"
             and set(self.products) != {"wgmma"}
@@ -120,6 +128,26 @@ def quantised(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -> l
     ]
 
 
+def block_sparse(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -> list[Case]:
+    """With and without the pooled remainder, for every card."""
+    return [
+        Case(kernel="block_sparse", capability=capability, head_dim=head_dim, pooled=pooled, **form)
+        for capability in SHARED_KIB
+        for head_dim in head_dims
+        for pooled in (False, True)
+        for form in forms
+    ]
+
+
+def selection() -> list[Case]:
+    """What estimates which key blocks matter, for every card."""
+    return [
+        Case(kernel="antidiagonal", capability=capability, head_dim=head_dim)
+        for capability in SHARED_KIB
+        for head_dim in (64, 128)
+    ]
+
+
 def before() -> list[Case]:
     """The passes before attention, with what each family has of them, for every card."""
     return [
@@ -135,6 +163,8 @@ def shipped() -> list[Case]:
     """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
     return (
         quantised((40, 64, 80, 128, 160), [{}])
+        + block_sparse((64, 128), [{}])
+        + selection()
         + before()
         + [
             Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
@@ -165,7 +195,12 @@ def everything() -> list[Case]:
         if tokens <= 32 or size["head_dim"] * (4 if size["dtype"] == "fp32" else 2) <= 256
     ]
     forms = [{"kv_len": kv_len, "lse": lse} for kv_len in (False, True) for lse in (False, True)]
-    return dense + short + quantised(range(16, 257, 8), forms)
+    blocks = [
+        {"blocks": sizes, "dtype": dtype, "lse": True}
+        for sizes in itertools.product((64, 128), (64, 128))
+        for dtype in ("fp16", "bf16", "fp32")
+    ]
+    return dense + short + quantised(range(16, 257, 8), forms) + block_sparse(range(16, 257, 8), blocks)
 
 
 # ---------------------------------------------------------------- in a process that can compile
@@ -208,7 +243,8 @@ def compiled(case: Case) -> Figures:
     import torch
     import triton
 
-    from videoattn.kernels import flash, operands, prepare, quantise, quantised, temporal
+    from videoattn.kernels import antidiagonal, block_sparse, flash, operands, prepare, quantise, quantised, temporal
+    from videoattn.selection.block_list import BlockList
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int": torch.int32}
     dtypes |= {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bool": torch.bool}
@@ -226,6 +262,7 @@ def compiled(case: Case) -> Figures:
 
     log, made = io.StringIO(), []
     modules = {"flash": flash, "temporal": temporal, "quantised": quantised, "prepare": prepare, "quantise": quantise}
+    modules |= {"block_sparse": block_sparse, "antidiagonal": antidiagonal}
     module = modules[case.kernel]
     shipped_config = module.config
     for planned in modules.values():
@@ -233,10 +270,16 @@ def compiled(case: Case) -> Figures:
     triton.runtime.driver.set_active(Card(case.capability))
     triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.ExitStack() as stack:
-        for name in {"prepare": ["_prepare"], "quantise": ["_statistics", "_operands"]}.get(case.kernel, ["_forward"]):
+        names = {
+            "prepare": ["_prepare"],
+            "quantise": ["_statistics", "_operands"],
+            "block_sparse": ["_pool", "_forward"],
+            "antidiagonal": ["_log_sums", "_block_sums"],
+        }
+        for name in names.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
         stack.enter_context(mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)))
-        for of_card in (flash, quantise, quantised):
+        for of_card in (antidiagonal, flash, quantise, quantised):
             stack.enter_context(mock.patch.object(of_card, "_capability", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))
         if case.kernel == "quantised":
@@ -247,6 +290,19 @@ def compiled(case: Case) -> Figures:
                 v, v_scale = tensor(2, 8, w, blocks * operands.KEYS, dtype=case.pv), tensor(2, 8, d, dtype="fp32")
             x = operands.Quantised(ints, row, ints, tensor(2, 8, blocks, 4, dtype="fp32"), v, v_scale, row)
             quantised.attend_quantised(x, head_dim=d, dtype=dtypes[case.dtype], **options)
+        elif case.kernel == "block_sparse":
+            of_q, of_k = (n // block for block in case.blocks)
+            lists = BlockList(
+                counts=tensor(2, 8, of_q, dtype="int"),
+                indices=tensor(2, 8, of_q, of_k, dtype="int"),
+                keep=tensor(2, 8, of_q, of_k, dtype="bool"),
+                live=tensor(of_k, dtype="int"),
+                block_q=case.blocks[0],
+                block_k=case.blocks[1],
+            )
+            block_sparse.attend(*(tensor(2, n, 8, d) for _ in range(3)), lists, pooled=case.pooled, **options)
+        elif case.kernel == "antidiagonal":
+            antidiagonal.block_mass(tensor(2, n, 8, d), tensor(2, n, 8, d), tensor(n // 128, dtype="int"), stride=16)
         elif case.family:
             prologue, streams = _projected(case, tensor)
             if case.kernel == "prepare":

@@ -182,7 +182,7 @@ def test_the_mask_of_tokens_and_its_density():
     ids=["dtype", "dimensions", "live"],
 )
 def test_what_is_no_mask(keep, live):
-    with pytest.raises(ValueError, match=r"BlockList: wanted a mask bool \[B, H, nq, nk\] and live \[nk\]"):
+    with pytest.raises(ValueError, match=r"BlockList: wanted a mask bool \[B, H, nq, nk\] and live int32 \[nk\]"):
         BlockList.of(keep, torch.ones(live, dtype=torch.int32), 8, 8)
 
 

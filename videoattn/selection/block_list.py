@@ -35,10 +35,11 @@ class BlockList:
     @classmethod
     def of(cls, keep: Tensor, live: Tensor, block_q: int, block_k: int) -> BlockList:
         """Lists from a mask bool [B, H, nq, nk]; without a synchronisation."""
-        if keep.dtype != torch.bool or keep.ndim != 4 or live.shape != keep.shape[-1:]:
+        is_mask = keep.dtype == torch.bool and keep.ndim == 4
+        if not is_mask or live.dtype != torch.int32 or live.shape != keep.shape[-1:]:
             raise ValueError(
-                f"BlockList: wanted a mask bool [B, H, nq, nk] and live [nk], got {keep.dtype} {tuple(keep.shape)} "
-                f"and {tuple(live.shape)}"
+                f"BlockList: wanted a mask bool [B, H, nq, nk] and live int32 [nk], got {keep.dtype} {tuple(keep.shape)} "
+                f"and {live.dtype} {tuple(live.shape)}"
             )
         nk = keep.shape[-1]
         counts = keep.sum(-1, dtype=torch.int32)
