@@ -2,7 +2,8 @@
 
 tiny-wan at its largest size (9 x 22 x 22 tokens) generates in exact attention; in some steps every self-attention call is
 looked at: a selector's blocks, with what is required (the diagonal, the first frame), and the share of the softmax mass of
-some queries that lies in them. "random" is the control: what a block mask of that density keeps without looking.
+some queries that lies in them. "random" is the control: what a block mask keeps without looking, in the order of the
+selector that it stands beside; what is required differs with the order, so rows compare by the density that they came to.
 
 Blocks are of 64 tokens, for 69 of them: with 128 there would be 35. Runs without a GPU.
 
@@ -26,7 +27,7 @@ import videoattn
 from videoattn import runner
 from videoattn.benchmarks import results
 from videoattn.call import Grid
-from videoattn.selection.arrangement import Tokens, arrange
+from videoattn.selection.arrangement import ORDERS, Tokens, arrange
 from videoattn.selection.bands import Bands
 from videoattn.selection.pooled import Pooled
 from videoattn.selection.radial import Radial
@@ -45,7 +46,7 @@ BLOCK = 64
 ROWS = 256  # queries a call
 DENSITIES = (0.1, 0.2, 0.35, 0.5)
 SELECTORS: dict[str, Selector] = {
-    **{f"random {each}": Random(density=each) for each in DENSITIES},
+    **{f"random {order} {each}": Random(density=each, order=order) for order in ORDERS for each in DENSITIES},
     **{f"pooled {each}": Pooled(density=each) for each in DENSITIES},
     **{f"pooled raster {each}": Pooled(density=each, order="raster") for each in DENSITIES},
     **{f"xattention {each}": XAttention(stride=8, density=each) for each in DENSITIES},
@@ -81,7 +82,7 @@ def watching(session: Session, see: Callable[[str, Tensor, Tensor], None]) -> It
         running.pop()
 
     def observe(plan: runner.Plan, q: Tensor, k: Tensor, *rest: object) -> None:
-        if running:
+        if running and plan.call.layout == "BNHD":
             see(running[-1], q, k)
 
     handles = []
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 12, 20], help=f"looked at, of {STEPS}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if not set(args.steps) <= set(range(STEPS)):
+        parser.error(f"--steps: wanted some of 0 to {STEPS - 1}, got {args.steps}")
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # a CPU is slow in 16 bits
     pipe = WanPipeline.from_pretrained(str(args.model), dtype=dtype).to(device)

@@ -159,17 +159,17 @@ def _mean(x, x_sn, means, at, tokens, D: tl.constexpr, D0: tl.constexpr, D1: tl.
     """Store the mean of the first `tokens` rows of x at element `at` of means; 0 where there are none."""
     total0 = tl.zeros([R, D0], tl.float32)
     total1 = tl.zeros([R, D1], tl.float32) if D1 else total0
+    share = 1.0 / tl.maximum(tokens, 1).to(tl.float32)  # of each before they are added: a sum may pass fp32's range
     for start in tl.range(0, tokens, R):
         rows = start + tl.arange(0, R)
         places = tl.multiple_of(rows.to(tl.int64) * x_sn, ALIGN)[:, None]
         x0, x1 = load_head(x, places, (rows < tokens)[:, None], D, D0, D1)
-        total0 += x0.to(tl.float32)
+        total0 += x0.to(tl.float32) * share
         if D1:
-            total1 += x1.to(tl.float32)
-    count = tl.maximum(tokens, 1).to(tl.float32)
-    store_part(means, at, tokens >= 0, (tl.sum(total0, 0) / count).to(means.dtype.element_ty), 0, D)
+            total1 += x1.to(tl.float32) * share
+    store_part(means, at, tokens >= 0, tl.sum(total0, 0).to(means.dtype.element_ty), 0, D)
     if D1:
-        store_part(means, at, tokens >= 0, (tl.sum(total1, 0) / count).to(means.dtype.element_ty), D0, D)
+        store_part(means, at, tokens >= 0, tl.sum(total1, 0).to(means.dtype.element_ty), D0, D)
 
 
 @triton.jit(do_not_specialize=["blocks", "heads", *(f"{x}_s{axis}" for x in "kv" for axis in "bnh")])
@@ -203,7 +203,6 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
-    pooled: bool,
     block_q: int,
     block_k: int,
 ) -> Launch:
@@ -228,7 +227,7 @@ def _plan(
 
 @functools.lru_cache(maxsize=1024)
 def _pool_plan(
-    shape: torch.Size, strides: tuple[int, ...], device: torch.device, dtype: torch.dtype, aligned: bool, block_k: int
+    shape: torch.Size, strides: tuple[int, ...], device: torch.device, aligned: bool, block_k: int
 ) -> Launch:
     b, p, h, d = shape
     d0, d1 = parts(d)
@@ -295,7 +294,7 @@ def pool(k: Tensor, v: Tensor, live: Tensor, block_k: int) -> tuple[Tensor, Tens
     k, v = unit_stride(k), unit_stride(v)
     b, p, h, d = k.shape
     k_means, v_means = (torch.empty((b, p // block_k, h, d), dtype=x.dtype, device=x.device) for x in (k, v))
-    launch = _pool_plan(k.shape, (*k.stride()[:3], *v.stride()[:3]), k.device, k.dtype, aligned(k, v), block_k)
+    launch = _pool_plan(k.shape, (*k.stride()[:3], *v.stride()[:3]), k.device, aligned(k, v), block_k)
     with on_device_of(k):
         launch(_pool, (k, v, live.contiguous(), k_means, v_means))
     return k_means, v_means
@@ -349,7 +348,6 @@ def attend(
         q.dtype,
         q.device,
         aligned(q, k, v),
-        pooled,
         blocks.block_q,
         blocks.block_k,
     )

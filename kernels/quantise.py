@@ -45,8 +45,8 @@ def config(heads: int, form: Form, blocks: int, capability: int) -> dict[str, in
     Tiles of 4096 elements on 4 warps: every thread has four loads of 16 bytes under way. Four heads of a token of q lie
     side by side: more of a row of memory at once. Rows across heads are read twice, so few tokens a program: what all
     programs hold must stay in L2. With 128 registers a thread four programs fit on a multiprocessor. Where nothing is
-    normalised or turned fewer do, and more programs fit: five, on Hopper eight of half the tile, which elsewhere would
-    spill, as any limit does on B200.
+    normalised or turned fewer do, and more programs fit: five, on Hopper eight of half the tile for heads up to 64,
+    which elsewhere would spill, as any limit does on B200.
     """
     warps = 8 if form.D > 128 else 4
     bare = form.NORM == "none" and not form.ROTATE

@@ -139,12 +139,12 @@ def block_sparse(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -
     ]
 
 
-def selection() -> list[Case]:
+def selection(head_dims: Iterable[int]) -> list[Case]:
     """What estimates which key blocks matter, for every card."""
     return [
         Case(kernel="antidiagonal", capability=capability, head_dim=head_dim)
         for capability in SHARED_KIB
-        for head_dim in (64, 128)
+        for head_dim in head_dims
     ]
 
 
@@ -164,7 +164,7 @@ def shipped() -> list[Case]:
     return (
         quantised((40, 64, 80, 128, 160), [{}])
         + block_sparse((64, 128), [{}])
-        + selection()
+        + selection((64, 128, 256))
         + before()
         + [
             Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
@@ -200,7 +200,13 @@ def everything() -> list[Case]:
         for sizes in itertools.product((64, 128), (64, 128))
         for dtype in ("fp16", "bf16", "fp32")
     ]
-    return dense + short + quantised(range(16, 257, 8), forms) + block_sparse(range(16, 257, 8), blocks)
+    return (
+        dense
+        + short
+        + quantised(range(16, 257, 8), forms)
+        + block_sparse(range(16, 257, 8), blocks)
+        + selection(range(16, 257, 8))
+    )
 
 
 # ---------------------------------------------------------------- in a process that can compile

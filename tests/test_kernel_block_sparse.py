@@ -350,7 +350,7 @@ def test_means(head_dim, dtype, layout, block, live, poisoned):
     n = len(live) * block
     _, k, v = make_qkv(2, n, n, 3, head_dim, dtype=dtype, layout=layout, device=DEVICE)
     empty = (torch.arange(block, device=DEVICE) >= tokens_of(*live)[:, None]).flatten()
-    k[:, empty] = torch.nan
+    k[:, empty] = v[:, empty] = torch.nan
     for x, mean in zip((k, v), block_sparse.pool(k, v, tokens_of(*live), block), strict=True):
         exact = oracle.pool(x, tokens_of(*live), block) / tokens_of(*live).clamp_min(1)[:, None, None]
         greatest = x.nan_to_num().abs().double().amax()
@@ -358,6 +358,17 @@ def test_means(head_dim, dtype, layout, block, live, poisoned):
         bound += torch.finfo(dtype).tiny * torch.finfo(dtype).eps
         assert mean.dtype == dtype and mean.shape == exact.shape
         assert ((mean - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_values_whose_sum_fp32_does_not_hold(kept, poisoned):
+    _, k, v = make_qkv(1, 128, 128, 1, 16, dtype=BF16, device=DEVICE)
+    q = 8 * k  # every query has a key of its own: the weights, which are summed before they are divided, are few
+    v.fill_(1e37)
+    keep = torch.tensor([[True, kept], [kept, True]], device=DEVICE).expand(1, 1, 2, 2)
+    lists = BlockList.of(keep, tokens_of(64, 64), 64, 64)
+    out, _ = block_sparse.attend(q, k, v, lists, pooled=True)
+    torch.testing.assert_close(out, v)
 
 
 # ---------------------------------------------------------------- refusals

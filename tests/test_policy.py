@@ -96,6 +96,8 @@ def test_the_first_steps_are_dense():
     assert schedule(Policy(decision=SPARSE, dense_steps=0.2), 5) == "DSSSS"
     assert schedule(Policy(decision=SPARSE, dense_steps=0.25), 10) == "DDDSSSSSSS"
     assert schedule(Policy(decision=SPARSE, dense_steps=1.0), 3) == "DDD"
+    assert schedule(Policy(decision=SPARSE, dense_steps=0.28), 25) == "D" * 7 + "S" * 18
+    assert schedule(Policy(decision=SPARSE, dense_steps=0.14), 50) == "D" * 7 + "S" * 43
 
 
 def test_a_short_schedule_stays_dense():
@@ -189,6 +191,12 @@ def test_decisions_read_as_reports_show_them():
             "precision: wanted one of exact, int8_qk_fp8_pv, int8_qk_16bit_pv, int8_qk_int8_pv, got 'int4'",
         ),
         (lambda: Sparse("random"), TypeError, "density"),
+        (lambda: Sparse(3), TypeError, "Sparse.selector: wanted a selector or its name, got 3"),
+        (
+            lambda: Sparse(type(Sparse().selector)),
+            TypeError,
+            "Sparse.selector: wanted a selector or its name, got <class",
+        ),
         (lambda: Sparse("dense"), ValueError, "selector: wanted one of sliding_tiles, .*, pooled, random, got 'dense'"),
         (lambda: Sparse("pooled", "int4"), ValueError, "precision: wanted one of"),
     ],

@@ -254,6 +254,13 @@ def test_the_contract_of_a_selector(name):
     keep = selector.keep(arrangement, 4, q, k)
     assert keep.dtype == torch.bool and keep.shape[2:] == (arrangement.blocks, arrangement.blocks)
     assert keep.shape[0] in (1, 2) and keep.shape[1] in (1, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = select(selector, arrangement, 4, q, k).keep
+    assert torch.equal(under_autocast, select(selector, arrangement, 4, q, k).keep)
+    if selector.dynamic:  # NaN is kept, not hidden: in one key it concerns all queries of the heads that read it
+        poisoned = k.clone()
+        poisoned[0, 37, 0, 0] = torch.nan
+        assert select(selector, arrangement, 4, q, poisoned).keep[0, :2, :, 37 // 16].all()
     for scale in (0.1, 1.0):
         scaled = selector.keep(arrangement, 4, q, k, scale)
         assert torch.equal(scaled, selector.keep(arrangement, 4, q * (scale * 8**0.5), k))
@@ -271,6 +278,6 @@ def test_selectors_go_by_name():
 def test_a_selector_is_shown_by_its_name_and_what_is_unusual():
     assert label(selector_of("pooled")) == "pooled"
     assert label(selector_of("pooled", tau=0.8, order="raster")) == "pooled tau=0.8 order=raster"
-    assert label(selector_of("xattention", density=0.3)) == "xattention tau=None density=0.3"
+    assert label(selector_of("xattention", density=0.3)) == "xattention density=0.3"
     assert label(selector_of("random", density=0.3)) == "random density=0.3 seed=0 order=raster"
     assert label(Nothing()) == "Nothing"

@@ -39,7 +39,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bands:
-    """A spatial or a temporal band for each head.
+    """A spatial or a temporal band for each head; a head with NaN in its scores keeps everything.
 
     Args:
         density: the share of the pairs of video tokens that each band covers, at least; what is tied with the last
@@ -84,7 +84,8 @@ class Bands:
         masks = bands(arrangement, self.density)
         # What is kept anyway counts for both: a band is worth what it adds.
         spatial, temporal = shares(masks | required(arrangement), arrangement, self.rows, q, k, scale)
-        return torch.where((spatial >= temporal)[..., None, None], masks[0], masks[1])
+        chosen = torch.where((spatial >= temporal)[..., None, None], masks[0], masks[1])
+        return chosen | (spatial + temporal).isnan()[..., None, None]  # what cannot be judged must not be left out
 
 
 @functools.lru_cache(maxsize=64)

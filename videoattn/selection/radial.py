@@ -84,7 +84,7 @@ def reach(distance: int, area: int, block: int, decay_factor: float) -> int:
     octave, narrowest = distance.bit_length() - 1, min(block, area)
     if area < narrowest << octave and distance % -(-(narrowest << octave) // area):
         return -1
-    return min(int(max(decay_factor * area / 2**octave, narrowest)), area) - 1
+    return min(int(max(decay_factor * area / 2**octave * (1 + 1e-12), narrowest)), area) - 1
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,8 @@ Letters: B batch, P places, N tokens, H heads, Hkv key heads, G = H / Hkv, D hea
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,8 @@ def recall(
         queries = queries[torch.randperm(len(queries), generator=generator)[:rows].sort().values.to(queries.device)]
     empty = (torch.arange(arrangement.block, device=q.device) >= arrangement.live[:, None]).flatten()
     total = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
-    for b in range(batch):
-        for head in range(kv_heads):
+    with torch.autocast(q.device.type, enabled=False):
+        for b, head in itertools.product(range(batch), range(kv_heads)):
             mine = slice(head * group, (head + 1) * group)
             keys = k[b, :, head].float().T
             for some in queries.split(max(1, SCORES // (group * places))):

@@ -67,12 +67,10 @@ def label(selector: Selector) -> str:
     """
     cls = type(selector)
     name = next((name for name, at in SELECTORS.items() if at == (cls.__module__, cls.__qualname__)), cls.__name__)
-    own = fields(selector)
-    usual = None if any(field.default is MISSING for field in own) else cls()
-    shown = (
-        field.name for field in own if usual is None or getattr(selector, field.name) != getattr(usual, field.name)
-    )
-    return " ".join([name, *(f"{key}={getattr(selector, key)}" for key in shown)])
+    usual = None if any(field.default is MISSING for field in fields(selector)) else cls()
+    given = {field.name: getattr(selector, field.name) for field in fields(selector)}
+    shown = (key for key, value in given.items() if value is not None and value != getattr(usual, key, None))
+    return " ".join([name, *(f"{key}={given[key]}" for key in shown)])
 
 
 def required(arrangement: Arrangement, *, first_frame: bool = True) -> Tensor:
@@ -115,6 +113,8 @@ def select(
     for name, x in (("q", q), ("k", k)):
         if x is not None and x.shape[1] != arrangement.index.shape[0]:
             raise ValueError(f"select: wanted {name} of {arrangement.index.shape[0]} places, got {x.shape[1]}")
-    keep = selector.keep(arrangement, heads, q, k, scale) | required(arrangement, first_frame=first_frame)
+    with torch.autocast(arrangement.live.device.type, enabled=False):  # scores in 16 bits tie
+        keep = selector.keep(arrangement, heads, q, k, scale)
+    keep = keep | required(arrangement, first_frame=first_frame)
     batch = keep.shape[0] if q is None else q.shape[0]
     return BlockList.of(keep, arrangement.live, arrangement.block, arrangement.block).expand(batch, heads)

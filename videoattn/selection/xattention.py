@@ -60,7 +60,7 @@ class XAttention:
             raise ValueError(f"XAttention: wanted tau or density, got tau={self.tau} and density={self.density}")
         check_share("XAttention: tau", self.tau)
         check_share("XAttention: density", self.density)
-        if self.stride < 1:
+        if not isinstance(self.stride, int) or self.stride < 1:
             raise ValueError(f"XAttention: stride: wanted 1 or more, got {self.stride}")
         if self.order not in ORDERS:
             raise ValueError(f"XAttention: wanted an order of {', '.join(ORDERS)}, got {self.order!r}")
