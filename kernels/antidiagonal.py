@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.kernels.tiles import alignment, load_head, parts
-from videoattn.kernels.triton_backend import LOG2_E, Launch, aligned, on_device_of, unit_stride
+from videoattn.kernels.triton_backend import LOG2_E, Launch, aligned, capability_of, on_device_of, unit_stride
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def _plan(
 ) -> tuple[Launch, Launch]:
     """Both launches, looked up and not worked out at every call, of one device: what is compiled is loaded there."""
     b, places, h, d = shape
-    settings = config(d, _capability(device))
+    settings = config(d, capability_of(device))
     d0, d1 = parts(d)
     total = places // stride
     constants = {
@@ -189,18 +189,9 @@ def _plan(
     return Launch(programs, numbers, constants), Launch(programs * -(-total // settings["N"]), numbers, constants)
 
 
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """90 for compute capability 9.0; the CPU, where only the interpreter runs, gets the smallest tiles."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def refuses(q: Tensor, k: Tensor, live: Tensor, stride: int) -> str | None:
     """Why `block_mass` does not take a call, or None."""
-    if _capability(q.device) < 80 or torch.version.hip is not None:
+    if capability_of(q.device) < 80 or torch.version.hip is not None:
         return "needs an NVIDIA card of compute capability 8.0"
     if q.dtype not in (torch.float16, torch.bfloat16) or k.dtype != q.dtype:
         return f"takes q and k both in fp16 or in bf16, got {q.dtype} and {k.dtype}"

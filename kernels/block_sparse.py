@@ -31,12 +31,19 @@ import triton.language as tl
 from torch import Tensor
 
 from videoattn.kernels import flash
-from videoattn.kernels.flash import accumulate, scores
+from videoattn.kernels.flash import LN2, accumulate, scores
 from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
-from videoattn.kernels.triton_backend import Launch, aligned, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import (
+    Launch,
+    aligned,
+    capability_of,
+    on_device_of,
+    precision,
+    scale_log2,
+    unit_stride,
+)
 from videoattn.selection.block_list import BlockList
 
-LN2 = tl.constexpr(0.6931471805599453)
 BLOCKS = (64, 128)
 POOL_ROWS = 32  # tokens at a time
 Kind = tuple[torch.Size, torch.dtype, torch.device]
@@ -208,7 +215,7 @@ def _plan(
 ) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
     b, p, h, d = shape
-    settings = config(d, dtype.itemsize, flash._capability(device), block_q, block_k)
+    settings = config(d, dtype.itemsize, capability_of(device), block_q, block_k)
     d0, d1 = parts(d)
     constants = {
         "D": d,

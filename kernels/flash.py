@@ -31,6 +31,7 @@ from videoattn.kernels.triton_backend import (
     Tile,
     TritonBackend,
     aligned,
+    capability_of,
     on_device_of,
     precision,
     scale_log2,
@@ -239,7 +240,7 @@ def _plan(
 ) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
     b, nq, h, d = shape
-    settings = config(d, dtype.itemsize, _capability(device), mask != "none")
+    settings = config(d, dtype.itemsize, capability_of(device), mask != "none")
     d0, d1 = parts(d)
     constants = {
         "D": d,
@@ -253,15 +254,6 @@ def _plan(
     }
     numbers = (nq, kv_len, h, h // kv_heads, *strides, *mask_strides)
     return Launch(-(-nq // settings["M"]) * b * h, numbers, constants)
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """90 for compute capability 9.0; the CPU, where only the interpreter runs, gets the smallest tiles."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def attend(
@@ -314,7 +306,7 @@ def _refuses(call: Call) -> str | None:
 
 
 def _tile_of(call: Call) -> Tile:
-    settings = config(call.head_dim, call.dtype.itemsize, _capability(call.device), call.mask != "none")
+    settings = config(call.head_dim, call.dtype.itemsize, capability_of(call.device), call.mask != "none")
     return Tile(settings["M"], settings["N"], settings["num_warps"])
 
 

@@ -30,7 +30,7 @@ from videoattn.kernels.operands import KEYS, PV, Quantised
 from videoattn.kernels.projections import Layout, Raw, finished, read
 from videoattn.kernels.prologue_device import Form
 from videoattn.kernels.quantise_device import _operands, _statistics
-from videoattn.kernels.triton_backend import Launch, on_device_of, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import Launch, capability_of, on_device_of, scale_log2, unit_stride
 from videoattn.prologue import Prologue, Stream, split_heads
 
 STATISTICS = {"ELEMENTS": 8192, "num_warps": 8}
@@ -61,14 +61,6 @@ def config(heads: int, form: Form, blocks: int, capability: int) -> dict[str, in
     }
 
 
-@functools.cache
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _chunks(programs: int, tokens: int, padded: int) -> int:
     """Parts of v, each with maxima of its own: enough programs to read it at full speed, and no more than tiles."""
     tiles = -(-tokens * padded // STATISTICS["ELEMENTS"])
@@ -95,7 +87,7 @@ def _plan(layout: Layout, heads: int, kv_heads: int, batch: int, pv: PV, device:
     """Looked up instead of worked out. A plan is of one device: what is compiled is loaded there."""
     form, nq, nk = layout.form, layout.q[0], layout.k[0]
     blocks, k_blocks, width = max(1, -(-max(nq, nk) // KEYS)), -(-nk // KEYS), -(-form.D // 16) * 16
-    settings = dict(config(heads, form, batch * blocks, _capability(device)))
+    settings = dict(config(heads, form, batch * blocks, capability_of(device)))
     split = settings.pop("SPLIT")
     q_split, k_split = split, min(split, kv_heads)
     has_v = pv != "16bit"

@@ -40,6 +40,7 @@ from videoattn.kernels.triton_backend import (
     Tile,
     Tiles,
     aligned,
+    capability_of,
     on_device_of,
     readable,
     unit_stride,
@@ -301,7 +302,7 @@ def _plan(
 ) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
     b, h, nq, _ = shape
-    settings = config(head_dim, pv, _capability(device)) | dict(tuned)
+    settings = config(head_dim, pv, capability_of(device)) | dict(tuned)
     w0, w1 = parts(head_dim, LEAST)
     d0, d1 = parts(head_dim) if pv == "16bit" else (w0, w1)
     constants = {
@@ -317,15 +318,6 @@ def _plan(
         **settings,
     }
     return Launch(-(-nq // settings["M"]) * b * h, (nq, kv_len, h, h // kv_heads, *v_strides), constants)
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    """90 for compute capability 9.0; the CPU, where only the interpreter runs, gets the smallest tiles."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def attend_quantised(
@@ -394,7 +386,7 @@ def attend_quantised(
 
 
 def _tile_of(call: Call, pv: PV) -> Tile:
-    settings = config(call.head_dim, pv, _capability(call.device))
+    settings = config(call.head_dim, pv, capability_of(call.device))
     return Tile(settings["M"], settings["N"], settings["num_warps"])
 
 

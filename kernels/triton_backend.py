@@ -205,6 +205,15 @@ def precision(dtype: torch.dtype) -> str:
 _HERE = contextlib.nullcontext()
 
 
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """90 for compute capability 9.0; the CPU, where only the interpreter runs, gets the smallest tiles."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_devicecapability(device)
+    return 10 * major + minor
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; this makes it x's where it is another one."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():

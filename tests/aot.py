@@ -285,8 +285,8 @@ def compiled(case: Case) -> Figures:
         for name in names.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
         stack.enter_context(mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)))
-        for of_card in (antidiagonal, flash, quantise, quantised):
-            stack.enter_context(mock.patch.object(of_card, "_capability", lambda device: case.capability))
+        for of_card in (antidiagonal, block_sparse, flash, quantise, quantised):
+            stack.enter_context(mock.patch.object(of_card, "capability_of", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))
         if case.kernel == "quantised":
             w, blocks = -(-d // 16) * 16, -(-n // operands.KEYS)

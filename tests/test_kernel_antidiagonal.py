@@ -125,7 +125,7 @@ def test_what_it_refuses(options, block, stride, reason):
 
 
 def test_it_refuses_older_cards(monkeypatch):
-    monkeypatch.setattr(antidiagonal, "_capability", lambda device: 75)
+    monkeypatch.setattr(antidiagonal, "capability_of", lambda device: 75)
     assert antidiagonal.refuses(*inputs([64], 64), 16) == "needs an NVIDIA card of compute capability 8.0"
 
 

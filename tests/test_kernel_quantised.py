@@ -39,7 +39,7 @@ def check(q, k, v, pv, *, scale=None, kv_len=None, tuned=None):
     """
     d, dtype = q.shape[3], q.dtype
     x = emulated.quantise(q, k, v, pv=pv, scale=scale, kv_len=kv_len, return_lse=True)
-    settings = quantised.config(d, pv, quantised._capability(q.device)) | (tuned or {})
+    settings = quantised.config(d, pv, quantised.capability_of(q.device)) | (tuned or {})
     flag = torch.zeros(1, dtype=torch.int32, device=q.device)
     out, lse = quantised.attend_quantised(
         x, head_dim=d, dtype=dtype, kv_len=kv_len, return_lse=True, flag=flag, tuned=tuned
@@ -276,7 +276,7 @@ def test_a_plan(pv, layout, poisoned):
 
 def test_the_tile_that_the_profiler_counts_with(card):
     monkeyed = call(device=ON_GPU, head_dim=128)
-    quantised._capability.cache_clear()
+    quantised.capability_of.cache_clear()
     tile = quantised.BACKENDS[0].tile(monkeyed)
-    quantised._capability.cache_clear()
+    quantised.capability_of.cache_clear()
     assert tile == (64, 128, 4)
