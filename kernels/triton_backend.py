@@ -210,7 +210,7 @@ def capability_of(device: torch.device) -> int:
     """90 for compute capability 9.0; the CPU, where only the interpreter runs, gets the smallest tiles."""
     if device.type != "cuda":
         return 80
-    major, minor = torch.cuda.get_devicecapability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
