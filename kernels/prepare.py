@@ -33,13 +33,14 @@ def config(heads: int, head_dim: int, across: bool, tokens: int) -> dict[str, in
     """Tile, parts that the heads are cut into, and warps. tokens: of all rows of the batch.
 
     Tiles of 2048 elements on 4 warps: every thread has two loads of 16 bytes under way, and two more for the next tile.
-    Four heads of a token lie side by side: more of a row of memory at once. Rows across heads are read twice, so few
-    tokens a program: what all programs hold must stay in L2.
+    Heads of a token lie side by side: more of a row of memory at once. Two of them where a row is read twice anyway, since
+    its norm is across heads; few tokens a program there: what all programs hold must stay in L2.
     """
     rows = 2048 // triton.next_power_of_2(head_dim)
-    t = rows // 4
+    heads_of_tile = 2 if across else 4
+    t = rows // heads_of_tile
     splits = 1 if across else max(1, min(heads // 4, 1024 * t // tokens))
-    return {"T": t, "HB": 4, "SPLITS": splits, "num_warps": 4}
+    return {"T": t, "HB": heads_of_tile, "SPLITS": splits, "num_warps": 4}
 
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. FORM says what vector loads need.
