@@ -20,7 +20,7 @@ Refuses: other cards than sm_90, fp32, masks, causal. Tensors whose strides TMA 
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ from videoattn.kernels.triton_backend import (
     refuses_but_plain,
     scale_log2,
 )
+from videoattn.selection.block_list import BlockList
 
 LOADER_REGISTERS = 24
 REGISTERS = {2: {"maxnreg": 168, "REGISTERS": 240}, 3: {"maxnreg": 128, "REGISTERS": 160}}
@@ -98,6 +99,12 @@ def config(head_dim: int) -> Config:
     return Config(D0=d0, D1=d1, **tiles)
 
 
+def config_of_lists(head_dim: int, block_q: int) -> Config:
+    """How the kernel is built for lists: of blocks as large as its own tiles, or of 128 queries."""
+    built = config(head_dim)
+    return built if block_q == M.value * built.GROUPS else replace(built, GROUPS=2)
+
+
 class LaidTiles(NamedTuple):
     """What a launch reads of Gluon's TensorDescriptor; that checks its fields anew each time it is made, for 20 us."""
 
@@ -127,6 +134,46 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def list_arguments(
+    lists: BlockList | None, q: Tensor, shape: tuple[int, int, int, int], block_q: int, block_k: int
+) -> tuple:
+    """What a launch reads of lists: counts, indices, live, three strides in query blocks; anything where there are none.
+
+    Args:
+        q: on the device of the launch. shape: (B, H, nq, nk) of its tiles of block_q queries and block_k keys.
+
+    Raises:
+        ValueError: lists of other blocks, or of another shape, type or device.
+    """
+    if lists is None:
+        return q, q, q, 0, 0, 0
+    counts, indices, live = lists.counts, lists.indices, lists.live
+    if (lists.block_q, lists.block_k) != (block_q, block_k):
+        raise ValueError(
+            f"lists: wanted blocks of {block_q} queries and {block_k} keys, got {lists.block_q} and {lists.block_k}"
+        )
+    if tuple(indices.shape) != shape or counts.shape != indices.shape[:3] or live.shape != indices.shape[3:]:
+        raise ValueError(
+            f"lists: wanted [B, H, nq, nk] {shape}, got counts {tuple(counts.shape)}, indices {tuple(indices.shape)}, "
+            f"live {tuple(live.shape)}"
+        )
+    for name, x in (("counts", counts), ("indices", indices), ("live", live)):
+        if x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(f"lists: wanted {name} int32 on {q.device}, got {x.dtype} on {x.device}")
+    nk = shape[3]
+    # A dimension of size 1 is never stepped over; others may be expanded.
+    sb, sh, sq = (
+        step if size > 1 else other for size, step, other in zip(shape[:3], counts.stride(), (0, 0, 1), strict=True)
+    )
+    of_indices = (
+        step if size > 1 else other for size, step, other in zip(shape, indices.stride(), (0, 0, nk, 1), strict=True)
+    )
+    if sq != 1 or tuple(of_indices) != (sb * nk, sh * nk, nk, 1):
+        counts, indices = counts.contiguous(), indices.contiguous()
+        sb, sh = shape[1] * shape[2], shape[2]
+    return counts, indices, live.contiguous(), sb, sh, nk
+
+
 _KERNELS: dict[tuple, object] = {}  # compiled, by everything that makes another kernel
 
 
@@ -139,9 +186,10 @@ def attend(
     kv_len: Tensor | None = None,
     return_lse: bool = False,
     flag: Tensor | None = None,
+    lists: BlockList | None = None,
     tuned: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Exact attention.
+    """Exact attention, to all keys or to the blocks of a list.
 
     Args:
         q: [B, Nq, H, D], fp16 or bf16. k, v: [B, Nk, Hkv, D]; Hkv divides H.
@@ -149,23 +197,29 @@ def attend(
         kv_len: int32 [B] on q's device: row b attends to its first kv_len[b] keys.
         return_lse: whether to return the log-sum-exp too.
         flag: int32 [1], set to 1 where the output is not finite.
-        tuned: how the kernel is built; by head_dim where None.
+        lists: the key blocks of each query block, as large as the kernel's tiles; none lies wholly beyond kv_len.
+        tuned: how the kernel is built; by head_dim and the lists' blocks where None.
 
     Returns:
         out [B, Nq, H, D] contiguous, and lse [B, H, Nq] fp32 (natural logarithm) or None. A row without a key gives 0 and
         -inf.
 
     Raises:
-        ValueError: a scale below 0.
+        ValueError: a scale below 0, lists that do not fit.
     """
     q, k, v = readable(q), readable(k), readable(v)
     (b, nq, h, d), (_, nk, h_kv, _) = q.shape, k.shape
-    built = config(d) if tuned is None else tuned
+    built = tuned
+    if tuned is None:
+        built = config(d) if lists is None else config_of_lists(d, lists.block_q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device)
     q_tiles = -(-nq // (M.value * built.GROUPS))
     pieces = b * h * q_tiles
     has_lens, has_flag = kv_len is not None, flag is not None
+    shape = b, h, q_tiles, -(-nk // built.N)
+    *of_lists, list_sb, list_sh, k_tiles = list_arguments(lists, q, shape, M.value * built.GROUPS, built.N)
+    modes = {"BLOCKS": lists is not None, "LIVE": lists is not None and lists.gaps}
     descs = [_describe(x, rows, built.D0) for x, rows in ((q, M.value), (k, built.N), (v, built.N), (out, M.value))]
     if built.D1:
         descs += [
@@ -177,18 +231,19 @@ def attend(
     numbers = (
         lse,
         kv_len if has_lens else lse,
+        *of_lists,
         flag if has_flag else lse,
         scale_log2(scale, d),
-        nq, nk, h, h // h_kv, q_tiles, pieces,
+        nq, nk, h, h // h_kv, q_tiles, pieces, list_sb, list_sh, k_tiles,
     )  # fmt: skip
     grid = (min(pieces, processors(q.device)), 1, 1)
-    key = (built, q.dtype, q.device, has_lens, has_flag)
+    key = (built, q.dtype, q.device, has_lens, *modes.values(), has_flag)
     with on_device_of(q):
         kernel = _KERNELS.get(key)
         if kernel is None:
             registers = built.registers
             maxnreg = registers.pop("maxnreg")
-            constants = {"HAS_LENS": has_lens, "HAS_FLAG": has_flag, **asdict(built), **registers}
+            constants = {"HAS_LENS": has_lens, **modes, "HAS_FLAG": has_flag, **asdict(built), **registers}
             constants["LOADER_REGISTERS"] = LOADER_REGISTERS
             checked = [tiles and TensorDescriptor(*tiles) for tiles in descs]
             kernel = forward[grid](*checked, *numbers, **constants, num_warps=4, maxnreg=maxnreg)

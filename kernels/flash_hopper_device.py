@@ -1,7 +1,8 @@
 """The device code of `flash_hopper`: a loading warp and two or three computing warp groups, in Gluon.
 
-The tiles of keys are taken from the last to the first: only the last needs a mask, and it is met before the loop. Programs
-are persistent, heads outermost, so that the keys of one head stay in L2. Letters as in flash_hopper.py.
+The tiles of keys, all or those of a list, are taken from the last to the first: only the last needs a mask, and it is met
+before the loop; but for lists with LIVE, of blocks that may be filled in part anywhere. Programs are persistent, heads
+outermost, so that the keys of one head stay in L2. Letters as in flash_hopper.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from videoattn.kernels.hopper_device import LN2, M, advance, barriers, tile, tiles, turn, work
+from videoattn.kernels.hopper_device import LN2, M, advance, barriers, number_of, tile, tiles, turn, walk, work
 
 
 @gluon.jit
@@ -30,9 +31,9 @@ def _load_tile(descs, batch, head, row, smem, full, empty, slot, phase, D1: gl.c
 
 
 @gluon.jit
-def _load(task, HAS_LENS: gl.constexpr, D1: gl.constexpr, K_AHEAD: gl.constexpr):
+def _load(task, HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, D1: gl.constexpr, K_AHEAD: gl.constexpr):
     """The loader: tiles of q, k and v from memory into shared memory, as places fall empty."""
-    q_descs, k_descs, v_descs, smem, full, empty, counts, kv_group, pieces = task
+    q_descs, k_descs, v_descs, smem, full, empty, counts, lists, kv_group, pieces = task
     q_smem, k_smem, v_smem, _o_smem = smem
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
@@ -47,25 +48,28 @@ def _load(task, HAS_LENS: gl.constexpr, D1: gl.constexpr, K_AHEAD: gl.constexpr)
     v_slot = slot
     v_phase = phase
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        batch, head, q_tile, _keys, steps = work(index, counts, N, HAS_LENS)
+        batch, head, q_tile, keys, steps = work(index, counts, N, HAS_LENS)
+        keys, steps, numbers = walk(batch, head, q_tile, keys, steps, lists, BLOCKS)
         kv_head = head // kv_group
         for group in gl.static_range(GROUPS):
             row = (q_tile * GROUPS + group) * M
             _load_tile(q_descs, batch, head, row, q_smem, q_full, q_empty, group, q_phase, D1)
         q_phase ^= 1
+        v_row = 0
         for step in range(steps):
-            row = (steps - 1 - step) * N
+            row = number_of(numbers, steps - 1 - step, BLOCKS) * N
             _load_tile(k_descs, batch, kv_head, row, k_smem, k_full, k_empty, slot, phase, D1)
             if K_AHEAD:
                 if step > 0:
-                    _load_tile(v_descs, batch, kv_head, row + N, v_smem, v_full, v_empty, v_slot, v_phase, D1)
+                    _load_tile(v_descs, batch, kv_head, v_row, v_smem, v_full, v_empty, v_slot, v_phase, D1)
                 v_slot = slot
                 v_phase = phase
+                v_row = row
             else:
                 _load_tile(v_descs, batch, kv_head, row, v_smem, v_full, v_empty, slot, phase, D1)
             slot, phase = advance(slot, phase, STAGES)
         if K_AHEAD:
-            _load_tile(v_descs, batch, kv_head, 0, v_smem, v_full, v_empty, v_slot, v_phase, D1)
+            _load_tile(v_descs, batch, kv_head, v_row, v_smem, v_full, v_empty, v_slot, v_phase, D1)
 
 
 @gluon.jit
@@ -121,11 +125,11 @@ def _store_part(o_desc, o_smem, at, x, flag, HAS_FLAG: gl.constexpr, GROUP: gl.c
 
 @gluon.jit
 def _attend(
-    task, HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr, D1: gl.constexpr, TURNS: gl.constexpr, O_IN_Q: gl.constexpr,
-    GROUP: gl.constexpr,
+    task, HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, LIVE: gl.constexpr, HAS_FLAG: gl.constexpr, D1: gl.constexpr,
+    TURNS: gl.constexpr, O_IN_Q: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp group: attention of the GROUP-th M queries of every piece of work."""
-    o_descs, smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag = task
+    o_descs, smem, full, empty, counts, lists, live, q_tiles, pieces, q_len, qk_scale, lse, flag = task
     q_smem, k_smem, v_smem, o_smem = smem
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
@@ -149,6 +153,11 @@ def _attend(
         turn("arrive", 0)
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
         batch, head, q_tile, keys, steps = work(index, counts, N, HAS_LENS)
+        keys, steps, numbers = walk(batch, head, q_tile, keys, steps, lists, BLOCKS)
+        number = number_of(numbers, steps - 1, BLOCKS)
+        left = keys - number * N
+        if LIVE:
+            left = gl.minimum(left, gl.load(live + number))
         mbarrier.wait(q_full.index(GROUP), q_phase)
         q_phase ^= 1
 
@@ -160,7 +169,7 @@ def _attend(
             turn("arrive", NEXT)
         s = hopper.warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
-        s = _mask(s, keys - (steps - 1) * N)
+        s = _mask(s, left)
         m = gl.maximum(gl.max(s, 1), -1e30)  # finite also where no key is left
         p = gl.exp2(s * qk_scale - (m * qk_scale)[:, None])
         l = _lane_sums(p)
@@ -170,7 +179,9 @@ def _attend(
             acc1 = gl.zeros([M, D1], gl.float32, acc1_layout)
         mbarrier.wait(v_full.index(slot), phase)
 
-        for _ in range(1, steps):
+        for step in range(1, steps):
+            if LIVE:
+                left = gl.load(live + number_of(numbers, steps - 1 - step, BLOCKS))
             next_slot, next_phase = advance(slot, phase, STAGES)
             mbarrier.wait(k_full.index(next_slot), next_phase)
             if TURNS:
@@ -183,6 +194,8 @@ def _attend(
                 turn("arrive", NEXT)
             s = hopper.warpgroup_mma_wait(VALUES_IN_FLIGHT, [s])
             mbarrier.arrive(k_empty.index(next_slot))
+            if LIVE:
+                s = _mask(s, left)
             new_m = gl.maximum(m, gl.max(s, 1))
             shrink = gl.exp2((m - new_m) * qk_scale)
             p = gl.exp2(s * qk_scale - (new_m * qk_scale)[:, None])
@@ -232,14 +245,15 @@ def _attend(
 
 
 @gluon.jit(
-    do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces"],
-    do_not_specialize_on_alignment=["lse", "kv_lens", "flag"],
+    do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces", "list_sb", "list_sh", "k_tiles"],
+    do_not_specialize_on_alignment=["lse", "kv_lens", "list_counts", "list_indices", "live", "flag"],
 )
 def forward(
     q0_desc, k0_desc, v0_desc, o0_desc,
     q1_desc, k1_desc, v1_desc, o1_desc,  # None where D1 is 0
-    lse, kv_lens, flag, qk_scale, q_len, kv_len, heads, kv_group, q_tiles, pieces,
-    HAS_LENS: gl.constexpr, HAS_FLAG: gl.constexpr,
+    lse, kv_lens, list_counts, list_indices, live, flag, qk_scale,
+    q_len, kv_len, heads, kv_group, q_tiles, pieces, list_sb, list_sh, k_tiles,
+    HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, LIVE: gl.constexpr, HAS_FLAG: gl.constexpr,
     D0: gl.constexpr, D1: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     TURNS: gl.constexpr, K_AHEAD: gl.constexpr, O_IN_Q: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
@@ -266,14 +280,15 @@ def forward(
     full = (barriers(GROUPS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
     empty = (barriers(GROUPS, 1), barriers(STAGES, GROUPS), barriers(STAGES, GROUPS))
     counts = (q_tiles, heads, kv_len, kv_lens)
-    load = (descs[0], descs[1], descs[2], smem, full, empty, counts, kv_group, pieces)
-    attend = (descs[3], smem, full, empty, counts, q_tiles, pieces, q_len, qk_scale, lse, flag)
+    lists = (list_counts, list_indices, list_sb, list_sh, k_tiles)
+    load = (descs[0], descs[1], descs[2], smem, full, empty, counts, lists, kv_group, pieces)
+    attend = (descs[3], smem, full, empty, counts, lists, live, q_tiles, pieces, q_len, qk_scale, lse, flag)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 0)),
-                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 1)),
-                (_load, (load, HAS_LENS, D1, K_AHEAD)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_FLAG, D1, TURNS, O_IN_Q, 0)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_FLAG, D1, TURNS, O_IN_Q, 1)),
+                (_load, (load, HAS_LENS, BLOCKS, D1, K_AHEAD)),
             ],
             [4, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -281,10 +296,10 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 0)),
-                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 1)),
-                (_attend, (attend, HAS_LENS, HAS_FLAG, D1, TURNS, O_IN_Q, 2)),
-                (_load, (load, HAS_LENS, D1, K_AHEAD)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_FLAG, D1, TURNS, O_IN_Q, 0)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_FLAG, D1, TURNS, O_IN_Q, 1)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_FLAG, D1, TURNS, O_IN_Q, 2)),
+                (_load, (load, HAS_LENS, BLOCKS, D1, K_AHEAD)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, LOADER_REGISTERS],

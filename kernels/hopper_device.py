@@ -40,6 +40,29 @@ def work(index, counts, N: gl.constexpr, HAS_LENS: gl.constexpr):
 
 
 @gluon.jit
+def walk(batch, head, q_tile, keys, steps, lists, BLOCKS: gl.constexpr):
+    """(keys that count, tiles of keys to visit, where their numbers stand): the first `steps`, or those of a list, of which
+    the last one is visited first. An empty list visits one tile, of which no key counts."""
+    counts, indices, stride_b, stride_h, k_tiles = lists
+    numbers = indices
+    if BLOCKS:
+        at = batch.to(gl.int64) * stride_b + head * stride_h + q_tile
+        count = gl.load(counts + at)
+        numbers += at * k_tiles
+        steps = gl.maximum(count, 1)
+        keys = gl.where(count == 0, 0, keys)
+    return keys, steps, numbers
+
+
+@gluon.jit
+def number_of(numbers, left, BLOCKS: gl.constexpr):
+    """The number of the tile after which `left` are left to visit."""
+    if BLOCKS:
+        left = gl.load(numbers + left)
+    return left
+
+
+@gluon.jit
 def tile(smem, slot):
     """The tile in one place, as a matrix."""
     return smem.index(slot).reshape([smem.shape[3], smem.shape[4]])

@@ -36,12 +36,20 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from videoattn.call import Call
-from videoattn.kernels.flash_hopper import LOADER_REGISTERS, REGISTERS, LaidTiles, processors, tile_layout
+from videoattn.kernels.flash_hopper import (
+    LOADER_REGISTERS,
+    REGISTERS,
+    LaidTiles,
+    list_arguments,
+    processors,
+    tile_layout,
+)
 from videoattn.kernels.hopper_device import M
 from videoattn.kernels.operands import KEYS, PV, Quantised
 from videoattn.kernels.quantised_backend import QuantisedBackend
 from videoattn.kernels.quantised_hopper_device import forward
 from videoattn.kernels.triton_backend import Tile, on_device_of, readable
+from videoattn.selection.block_list import BlockList
 
 HEAD_DIMS = (64, 128)
 
@@ -66,11 +74,14 @@ class Config:
         return {**asdict(self), **REGISTERS[self.GROUPS], "LOADER_REGISTERS": LOADER_REGISTERS, "num_warps": 4}
 
 
-def config(head_dim: int, pv: PV) -> Config:
-    """What was measured fastest on an H200 with Triton 3.6 among what does not spill in the loop over the keys."""
+def config(head_dim: int, pv: PV, block_q: int | None = None) -> Config:
+    """What was measured fastest on an H200 with Triton 3.6 among what does not spill in the loop over the keys.
+
+    block_q: of the lists, if any; 128 where it is not the tile of the fastest.
+    """
     if pv == "16bit" and head_dim == 128:
         return Config(GROUPS=2, STAGES=2, TURNS=True)
-    return Config()
+    return Config(GROUPS=2) if block_q == 2 * M.value else Config()
 
 
 def _describe(x: Tensor, rows: int, width: int) -> LaidTiles:
@@ -92,9 +103,10 @@ def attend_quantised(
     kv_len: Tensor | None = None,
     return_lse: bool = False,
     flag: Tensor | None = None,
+    lists: BlockList | None = None,
     tuned: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention on quantised operands.
+    """Attention on quantised operands, to all keys or to the blocks of a list.
 
     Args:
         x: the operands; v's dtype says in which of the two ways p v is computed.
@@ -102,16 +114,20 @@ def attend_quantised(
         kv_len: int32 [B] on q's device: row b attends to its first kv_len[b] keys; those that x was made with.
         return_lse: whether to return the log-sum-exp too; x.lse_shift is there then.
         flag: int32, set to 1 where the output is not finite.
-        tuned: how the kernel is built; by head_dim where None.
+        lists: the key blocks of each query block, as large as the kernel's tiles; none lies wholly beyond kv_len.
+        tuned: how the kernel is built; by head_dim and the lists' blocks where None.
 
     Returns:
         out [B, Nq, H, D] contiguous, and lse [B, H, Nq] fp32 (natural logarithm) or None. A row without a key gives 0 and
         -inf.
+
+    Raises:
+        ValueError: lists that do not fit.
     """
     q, k, v = x.q, x.k, x.v
     (b, h, nq, d), (_, h_kv, nk, _) = q.shape, k.shape
     e4m3 = x.v_scale is not None
-    built = config(d, "fp8" if e4m3 else "16bit") if tuned is None else tuned
+    built = config(d, "fp8" if e4m3 else "16bit", lists and lists.block_q) if tuned is None else tuned
     out = torch.empty((b, nq, h, d), dtype=dtype, device=q.device)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
     has_lens, has_flag = kv_len is not None, flag is not None
@@ -124,21 +140,25 @@ def attend_quantised(
         _describe(out.transpose(1, 2), M.value, d),
     )
     unused = x.q_scale
+    shape = b, h, q_tiles, x.k_scale.shape[2]
+    *of_lists, list_sb, list_sh, k_tiles = list_arguments(lists, unused, shape, M.value * built.GROUPS, KEYS)
+    modes = {"BLOCKS": lists is not None, "LIVE": lists is not None and lists.gaps}
     numbers = (
         x.q_scale, x.k_scale,
         x.v_scale if e4m3 else unused,
         lse if return_lse else unused,
         x.lse_shift if return_lse else unused,
         kv_len if has_lens else unused,
+        *of_lists,
         flag if has_flag else unused,
-        nq, nk, h, h // h_kv, q_tiles, pieces, x.k_scale.shape[2],
+        nq, nk, h, h // h_kv, q_tiles, pieces, x.k_scale.shape[2], list_sb, list_sh, k_tiles,
     )  # fmt: skip
     grid = (min(pieces, processors(q.device)), 1, 1)
-    key = (built, d, v.dtype, dtype, q.device, has_lens, return_lse, has_flag)
+    key = (built, d, v.dtype, dtype, q.device, has_lens, *modes.values(), return_lse, has_flag)
     with on_device_of(q):
         found = _KERNELS.get(key)
         if found is None:
-            constants = {"HAS_LENS": has_lens, "HAS_LSE": return_lse, "HAS_FLAG": has_flag, **built.options}
+            constants = {"HAS_LENS": has_lens, **modes, "HAS_LSE": return_lse, "HAS_FLAG": has_flag, **built.options}
             compiled = forward[grid](*(TensorDescriptor(*tiles) for tiles in descs), *numbers, **constants)
             _KERNELS[key] = compiled, tuple(constants[name] for name in forward.arg_names if name in constants)
         else:  # past the look-up of the kernel, which reads every argument

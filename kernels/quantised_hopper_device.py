@@ -1,7 +1,8 @@
 """The device code of `quantised_hopper`: int8 scores, exponentials in base 2, e4m3 or 16-bit values, in Gluon.
 
-A loading warp and two or three computing warp groups, as in flash_hopper_device.py. The tiles of keys are taken from the
-last to the first: only the last needs a mask, and it is met before the loop. Letters as in quantised_hopper.py.
+A loading warp and two or three computing warp groups, as in flash_hopper_device.py. The tiles of keys, all or those of a
+list, are taken from the last to the first: only the last needs a mask, and it is met before the loop; but for lists with
+LIVE, of blocks that may be filled in part anywhere. Letters as in quantised_hopper.py.
 
 A thread of a quad owns columns 2t and 2t + 1 of every 8 of the scores, t = 0..3: "quads" are [M, N / 8, 4, 2], and a tile
 has one scale for each t.
@@ -18,7 +19,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from videoattn.kernels import operands
-from videoattn.kernels.hopper_device import LN2, M, advance, barriers, tile, tiles, turn, work
+from videoattn.kernels.hopper_device import LN2, M, advance, barriers, number_of, tile, tiles, turn, walk, work
 
 N = gl.constexpr(operands.KEYS)  # keys of a tile: one block of scales
 OFFSET = gl.constexpr(operands.OFFSET)
@@ -220,9 +221,9 @@ def _load_values(desc, batch, head, row, smem, full, empty, slot, phase):
 
 
 @gluon.jit
-def _load(task, HAS_LENS: gl.constexpr):
+def _load(task, HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr):
     """The loader: tiles of q, k and v from memory into shared memory, as places fall empty; k one tile ahead of v."""
-    q_desc, k_desc, v_desc, smem, full, empty, counts, kv_group, pieces = task
+    q_desc, k_desc, v_desc, smem, full, empty, counts, lists, kv_group, pieces = task
     q_smem, k_smem, v_smem, _o_smem = smem
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
@@ -236,29 +237,33 @@ def _load(task, HAS_LENS: gl.constexpr):
     v_slot = slot
     v_phase = phase
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
-        batch, head, q_tile, _keys, steps = work(index, counts, N, HAS_LENS)
+        batch, head, q_tile, keys, steps = work(index, counts, N, HAS_LENS)
+        keys, steps, numbers = walk(batch, head, q_tile, keys, steps, lists, BLOCKS)
+        v_row = 0
         kv_head = head // kv_group
         for group in gl.static_range(GROUPS):
             row = (q_tile * GROUPS + group) * M
             _load_tile(q_desc, [batch, head, row, 0], q_smem, q_full, q_empty, group, q_phase)
         q_phase ^= 1
         for step in range(steps):
-            row = (steps - 1 - step) * N
+            row = number_of(numbers, steps - 1 - step, BLOCKS) * N
             _load_tile(k_desc, [batch, kv_head, row, 0], k_smem, k_full, k_empty, slot, phase)
             if step > 0:
-                _load_values(v_desc, batch, kv_head, row + N, v_smem, v_full, v_empty, v_slot, v_phase)
+                _load_values(v_desc, batch, kv_head, v_row, v_smem, v_full, v_empty, v_slot, v_phase)
             v_slot = slot
             v_phase = phase
+            v_row = row
             slot, phase = advance(slot, phase, STAGES)
-        _load_values(v_desc, batch, kv_head, 0, v_smem, v_full, v_empty, v_slot, v_phase)
+        _load_values(v_desc, batch, kv_head, v_row, v_smem, v_full, v_empty, v_slot, v_phase)
 
 
 @gluon.jit
 def _attend(
-    task, HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr
+    task, HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, LIVE: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr,
+    TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp group: attention of the GROUP-th M queries of every piece of work."""
-    o_desc, smem, full, empty, counts, pieces, q_len, kv_group, scales, ones, lse, lse_shift, flag = task
+    o_desc, smem, full, empty, counts, lists, live, pieces, q_len, kv_group, scales, ones, lse, lse_shift, flag = task
     q_smem, k_smem, v_smem, o_smem = smem
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
@@ -286,13 +291,19 @@ def _attend(
         turn("arrive", 0)
     for index in range(gl.program_id(0), pieces, gl.num_programs(0)):
         batch, head, q_tile, keys, steps = work(index, counts, N, HAS_LENS)
+        keys, steps, numbers = walk(batch, head, q_tile, keys, steps, lists, BLOCKS)
+        number = number_of(numbers, steps - 1, BLOCKS)
+        left = keys - number * N
+        if LIVE:
+            left = gl.minimum(left, gl.load(live + number))
         row = (q_tile * GROUPS + GROUP) * M
         q_rows = (index // q_tiles).to(gl.int64) * q_len
         kv_head = batch * (heads // kv_group) + head // kv_group
-        k_at = (kv_head * blocks + steps - 1) * 4 + gl.arange(0, 4, gl.SliceLayout(0, own_layout))
+        k_first = k_scales + kv_head.to(gl.int64) * blocks * 4 + gl.arange(0, 4, gl.SliceLayout(0, own_layout))
+        k_at = k_first + number * 4
         rows = row + gl.arange(0, M, row_layout)
         q_scale = gl.load(q_scales + q_rows + rows, mask=rows < q_len, other=1.0)
-        k_scale = gl.load(k_scales + k_at)
+        k_scale = gl.load(k_at)
         mbarrier.wait(q_full.index(GROUP), q_phase)
         q_phase ^= 1
         m = gl.full([M], -1e30, gl.float32, row_layout)  # finite also where no key is left
@@ -307,30 +318,36 @@ def _attend(
             turn("arrive", NEXT)
         s = hopper.warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
-        p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, keys - (steps - 1) * N, True, SHIFT, HAS_LSE)
+        p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, True, SHIFT, HAS_LSE)
         packed = _packed(p, V, acc_layout)
         if not V8:
             mbarrier.wait(v_full.index(slot), phase)
 
-        for _ in range(1, steps):
+        for step in range(1, steps):
             next_slot, next_phase = advance(slot, phase, STAGES)
-            k_at -= 4
+            if BLOCKS:
+                number = number_of(numbers, steps - 1 - step, BLOCKS)
+                k_at = k_first + number * 4
+                if LIVE:
+                    left = gl.load(live + number)
+            else:
+                k_at -= 4
             if V8:
                 acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE)
                 mbarrier.arrive(v_empty.index(slot))
                 mbarrier.wait(k_full.index(next_slot), next_phase)
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
-                k_scale = gl.load(k_scales + k_at)
+                k_scale = gl.load(k_at)
                 s = hopper.warpgroup_mma_wait(0, [s])
                 mbarrier.arrive(k_empty.index(next_slot))
-                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, False, SHIFT, HAS_LSE)
+                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, LIVE, SHIFT, HAS_LSE)
                 packed = _packed(p, V, acc_layout)
             else:
                 mbarrier.wait(k_full.index(next_slot), next_phase)
                 if TURNS:
                     turn("sync", GROUP)
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
-                k_scale = gl.load(k_scales + k_at)
+                k_scale = gl.load(k_at)
                 acc = hopper.warpgroup_mma(packed, tile(v_smem, slot), acc, is_async=True)
                 if not HAS_LSE:
                     sums = _row_sums(packed, ones)
@@ -338,7 +355,7 @@ def _attend(
                     turn("arrive", NEXT)
                 s = hopper.warpgroup_mma_wait(1 if HAS_LSE else 2, [s])
                 mbarrier.arrive(k_empty.index(next_slot))
-                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, 0, False, SHIFT, HAS_LSE)
+                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, LIVE, SHIFT, HAS_LSE)
                 # Before the wait for acc, and not where v is used: it ends a block of instructions, which the assembler
                 # would else reorder so that the exponentials start after acc is complete.
                 mbarrier.wait(v_full.index(next_slot), next_phase)
@@ -386,13 +403,18 @@ def _attend(
 
 
 @gluon.jit(
-    do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces", "blocks"],
-    do_not_specialize_on_alignment=["q_scale", "k_scale", "v_scale", "lse", "lse_shift", "kv_lens", "flag"],
-)
+    do_not_specialize=[
+        "q_len", "kv_len", "heads", "kv_group", "q_tiles", "pieces", "blocks", "list_sb", "list_sh", "k_tiles",
+    ],
+    do_not_specialize_on_alignment=[
+        "q_scale", "k_scale", "v_scale", "lse", "lse_shift", "kv_lens", "list_counts", "list_indices", "live", "flag",
+    ],
+)  # fmt: skip
 def forward(
-    q_desc, k_desc, v_desc, o_desc, q_scale, k_scale, v_scale, lse, lse_shift, kv_lens, flag,
-    q_len, kv_len, heads, kv_group, q_tiles, pieces, blocks,
-    HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, q_scale, k_scale, v_scale, lse, lse_shift, kv_lens,
+    list_counts, list_indices, live, flag,
+    q_len, kv_len, heads, kv_group, q_tiles, pieces, blocks, list_sb, list_sh, k_tiles,
+    HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, LIVE: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, TURNS: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -405,14 +427,17 @@ def forward(
         ones = _ones(v_desc.dtype)
     counts = (q_tiles, heads, kv_len, kv_lens)
     scales = (q_scale, k_scale, v_scale, blocks)
-    load = (q_desc, k_desc, v_desc, smem, full, empty, counts, kv_group, pieces)
-    attend = (o_desc, smem, full, empty, counts, pieces, q_len, kv_group, scales, ones, lse, lse_shift, flag)
+    lists = (list_counts, list_indices, list_sb, list_sh, k_tiles)
+    load = (q_desc, k_desc, v_desc, smem, full, empty, counts, lists, kv_group, pieces)
+    attend = (
+        o_desc, smem, full, empty, counts, lists, live, pieces, q_len, kv_group, scales, ones, lse, lse_shift, flag,
+    )  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, TURNS, 0)),
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, TURNS, 1)),
-                (_load, (load, HAS_LENS)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 0)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 1)),
+                (_load, (load, HAS_LENS, BLOCKS)),
             ],
             [4, 1],
             [REGISTERS, LOADER_REGISTERS],
@@ -420,10 +445,10 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, TURNS, 0)),
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, TURNS, 1)),
-                (_attend, (attend, HAS_LENS, HAS_LSE, HAS_FLAG, TURNS, 2)),
-                (_load, (load, HAS_LENS)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 0)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 1)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 2)),
+                (_load, (load, HAS_LENS, BLOCKS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, LOADER_REGISTERS],

@@ -98,7 +98,11 @@ def test_every_head_is_covered(head_dim):
 # ---------------------------------------------------------------- what the assembler makes of it
 
 
-@pytest.fixture(scope="module", params=HEAD_DIMS)
+@pytest.fixture(
+    scope="module",
+    params=[*((head_dim, "all") for head_dim in HEAD_DIMS), (64, "lists"), (128, "lists"), (128, "gaps")],
+    ids=str,
+)
 def assembled(request, tmp_path_factory):
     """What `assemble` gives, from a process in which Triton is no interpreter."""
     with mock.patch.dict(os.environ), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -106,11 +110,12 @@ def assembled(request, tmp_path_factory):
         return pool.submit(assemble, request.param, tmp_path_factory.mktemp("kernel")).result()
 
 
-def assemble(head_dim, folder):
+def assemble(form, folder):
     """(the form, shared memory in bytes, what the assembler says, machine code) of a kernel built for sm_90."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    head_dim, blocks = form
     built = flash_hopper.config(head_dim)
     signature, constants = {}, {}
     for place, width in enumerate((built.D0, built.D1)):
@@ -120,10 +125,12 @@ def assemble(head_dim, folder):
                 signature[f"{name}{place}_desc"] = f"tensordesc<bf16[1, 1, {rows}, {width}],{layout!r}>"
             else:
                 constants[f"{name}{place}_desc"] = None
-    signature |= {"lse": "*fp32", "kv_lens": "*i32", "flag": "*i32", "qk_scale": "fp32"}
+    signature |= {"lse": "*fp32", "qk_scale": "fp32"}
+    signature |= dict.fromkeys(("kv_lens", "list_counts", "list_indices", "live", "flag"), "*i32")
     registers = built.registers
     options = {"num_warps": 4, "maxnreg": registers.pop("maxnreg")}
-    constants |= {"HAS_LENS": True, "HAS_FLAG": True, **asdict(built), **registers}
+    constants |= {"HAS_LENS": True, "BLOCKS": blocks != "all", "LIVE": blocks == "gaps", "HAS_FLAG": True}
+    constants |= {**asdict(built), **registers}
     constants["LOADER_REGISTERS"] = flash_hopper.LOADER_REGISTERS
     signature |= {name: "i32" for name in flash_hopper.forward.arg_names if name not in signature | constants}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -90,14 +90,26 @@ FORMS = [
     (pv, head_dim, form)
     for pv in PVS
     for head_dim in HEAD_DIMS
-    for form in ((False, False, True), (True, False, True), (True, True, True))
+    for form in (
+        (False, False, True, "all"),
+        (True, False, True, "all"),
+        (True, True, True, "all"),
+        (False, False, True, "lists"),
+        (True, True, True, "lists"),
+        (False, False, True, "gaps"),
+    )
 ]
 
 
 @pytest.fixture(scope="module")
 def assembled():
-    """(pv, head_dim, (kv_len, lse, flag)) -> what `assemble` gives, with the Triton that the configs were tuned with."""
+    """(pv, head_dim, (kv_len, lse, flag, blocks)) -> what `assemble` gives, with the Triton that the configs were tuned with."""
     return dict(zip(FORMS, aot.elsewhere(assemble, FORMS), strict=True))
+
+
+def config_of(form):
+    """Blocks with gaps are square."""
+    return hopper.config(form[1], form[0], 128 if form[2][3] == "gaps" else None)
 
 
 def assemble(given):
@@ -109,9 +121,10 @@ def assemble(given):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     pv, d, form = given
-    options = hopper.config(d, pv).options
+    options = config_of(given).options
     compile_options = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
-    constants = dict(zip(("HAS_LENS", "HAS_LSE", "HAS_FLAG"), form, strict=True)) | options
+    constants = dict(zip(("HAS_LENS", "HAS_LSE", "HAS_FLAG"), form[:3], strict=True)) | options
+    constants |= {"BLOCKS": form[3] != "all", "LIVE": form[3] == "gaps"}
     tiles = {
         "q_desc": ("i8", 64, d, 8),
         "k_desc": ("i8", KEYS, d, 8),
@@ -123,7 +136,7 @@ def assemble(given):
         for name, (dtype, rows, width, bits) in tiles.items()
     }
     signature |= dict.fromkeys(("q_scale", "k_scale", "v_scale", "lse", "lse_shift"), "*fp32")
-    signature |= dict.fromkeys(("kv_lens", "flag"), "*i32")
+    signature |= dict.fromkeys(("kv_lens", "list_counts", "list_indices", "live", "flag"), "*i32")
     signature |= {name: "i32" for name in hopper.forward.arg_names if name not in signature | constants}
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in hopper.forward.arg_names}
@@ -166,7 +179,7 @@ def loops_over_keys(code):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_it_fits_and_the_loop_over_the_keys_does_not_spill(form, assembled):
     shared, said, code = assembled[form]
-    groups = hopper.config(form[1], form[0]).GROUPS
+    groups = config_of(form).GROUPS
     assert shared <= SHARED_MEMORY
     assert "wgmma" not in said, "products are serialised: " + said
     bodies = [body for body in loops_over_keys(code) if sum("MUFU.EX2" in what for what in body) >= KEYS // 2]
@@ -190,7 +203,7 @@ def test_the_tensor_cores_run_while_exponentials_are_computed(form, assembled):
     steps = re.findall(r"\b(GMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[0-2])\b", code.replace("HGMMA", " GMMA"))
     text = "".join({"G": "H", "M": "E"}.get(step[0], step[-1]) for step in steps)
     overlapped = re.findall(rf"{1 if form[2][1] else 2}(E+)0", text)
-    groups = hopper.config(form[1], form[0]).GROUPS
+    groups = config_of(form).GROUPS
     assert len(overlapped) >= groups and all(len(run) >= KEYS // 2 for run in overlapped), text
 
 
