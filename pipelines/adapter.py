@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from videoattn.call import Grid, Kind, Site
 from videoattn.pipelines.processor import FastProcessor
+
+if TYPE_CHECKING:
+    from videoattn.pipelines.token_order import Seams
 
 Inputs = Mapping[str, object]
 """The arguments of one call of the denoiser's forward, by name."""
@@ -27,6 +31,7 @@ class Adapter:
         kv_len: (denoiser, inputs) -> how many keys count in each row, int32 [B], for processors that read `kv_len`;
             None where every key does.
         kv_len_from: the inputs that `kv_len` reads; it is computed once for each set of them, not once a step.
+        seams: where the video's tokens may take another order; None where they must stay in raster order.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Adapter:
     grid: Callable[[nn.Module, Inputs], Grid] | None = None
     kv_len: Callable[[nn.Module, Inputs], Tensor | None] | None = None
     kv_len_from: tuple[str, ...] = ()
+    seams: Seams | None = None
 
     def sites(self, model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
         """Every attention module of a denoiser that some kind pattern names, in the order of `named_modules`."""

@@ -12,6 +12,7 @@ from videoattn.call import Grid
 from videoattn.pipelines.adapter import Adapter
 from videoattn.pipelines.hunyuan_video import rotate
 from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.pipelines.token_order import Seams
 from videoattn.prologue import Prologue, Stream
 
 
@@ -42,9 +43,15 @@ def grid(model, inputs) -> Grid:
     )
 
 
+def keeps_order(model, inputs) -> str | None:
+    masked = "attention_mask" in (inputs.get("attention_kwargs") or {})
+    return "an attention mask over the video's tokens" if masked else None
+
+
 ADAPTER = Adapter(
     name="cogvideox",
     kinds=(("*attn1", "joint"),),
     processors={CogVideoXAttnProcessor2_0: CogVideoXProcessor},
     grid=grid,
+    seams=Seams(enter="patch_embed", tables="image_rotary_emb", leave="proj_out", refuses=keeps_order),
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from videoattn.pipelines.adapter import Adapter, patched_grid
 from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.pipelines.token_order import Seams
 from videoattn.prologue import Prologue, Rope, Stream
 
 
@@ -67,6 +68,11 @@ def kv_len(model, inputs) -> Tensor:
     return text + patched_grid(model, inputs).tokens
 
 
+def keeps_order(model, inputs) -> str | None:
+    replaces = model.config.image_condition_type == "token_replace"
+    return "layers modulate the first frame's tokens apart" if replaces else None
+
+
 ADAPTER = Adapter(
     name="hunyuan_video",
     kinds=(("*token_refiner*", "text"), ("*transformer_blocks.*.attn", "joint")),
@@ -74,4 +80,5 @@ ADAPTER = Adapter(
     grid=patched_grid,
     kv_len=kv_len,
     kv_len_from=("encoder_attention_mask",),
+    seams=Seams(enter="x_embedder", tables="rope", leave="proj_out", refuses=keeps_order),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from videoattn.pipelines.adapter import Adapter, patched_grid
 from videoattn.pipelines.hunyuan_video import JointProcessor
+from videoattn.pipelines.token_order import Seams
 
 
 def kv_len(model, inputs) -> Tensor:
@@ -30,4 +31,5 @@ ADAPTER = Adapter(
     grid=patched_grid,
     kv_len=kv_len,
     kv_len_from=("encoder_attention_mask", "encoder_attention_mask_2", "image_embeds"),
+    seams=Seams(enter="x_embedder", tables="rope", leave="proj_out"),
 )

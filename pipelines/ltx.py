@@ -6,6 +6,8 @@ processor sees it; where it keeps a prefix of the keys, lengths take its place.
 
 from __future__ import annotations
 
+import math
+
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, apply_rotary_emb
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from videoattn.call import Grid
 from videoattn.lengths import prefix_lengths
 from videoattn.pipelines.adapter import Adapter
 from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.pipelines.token_order import Seams
 from videoattn.prologue import Prologue, Stream
 
 
@@ -47,6 +50,12 @@ def kv_len(model, inputs) -> Tensor | None:
     return None if lengths is None else lengths.masked_fill(lengths == 0, mask.shape[1])
 
 
+def keeps_order(model, inputs) -> str | None:
+    sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+    whole = None not in sizes and math.prod(sizes) == inputs["hidden_states"].shape[1]
+    return None if whole else "tokens that are not one video's, frame by frame"
+
+
 ADAPTER = Adapter(
     name="ltx",
     kinds=(("*attn2", "cross"), ("*attn1", "full")),
@@ -54,4 +63,5 @@ ADAPTER = Adapter(
     grid=grid,
     kv_len=kv_len,
     kv_len_from=("encoder_attention_mask",),
+    seams=Seams(enter="proj_in", tables="rope", leave="proj_out", per_token=("timestep",), refuses=keeps_order),
 )

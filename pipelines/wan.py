@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from videoattn.pipelines.adapter import Adapter, patched_grid
 from videoattn.pipelines.processor import FastProcessor, project_out
+from videoattn.pipelines.token_order import Seams
 from videoattn.prologue import Prologue, Stream, rotate_pairs, split_heads
 
 TEXT_TOKENS = 512  # the host's transformer hard-codes where the image's tokens end and the text's begin
@@ -55,9 +56,14 @@ class WanProcessor(FastProcessor):
         return attn.add_k_proj(image), attn.add_v_proj(image)
 
 
+def keeps_order(model, inputs) -> str | None:
+    return "VACE's control tokens follow the video's" if "vace_layers" in model.config else None
+
+
 ADAPTER = Adapter(
     name="wan",
     kinds=(("*attn2", "cross"), ("*attn1", "full")),
     processors={WanAttnProcessor: WanProcessor},
     grid=patched_grid,
+    seams=Seams(enter="patch_embedding", tables="rope", leave="proj_out", per_token=("timestep",), refuses=keeps_order),
 )
