@@ -63,7 +63,7 @@ SELECTORS: dict[str, Selector] = {
 
 def judge(selector: Selector, grid: Grid, q: Tensor, k: Tensor) -> tuple[float, float]:
     """(density, recall) of a selector on a call, q and k [B, N, H, D] in the model's own order; over rows and heads."""
-    arrangement = arrange(Tokens(grid=grid), selector.order, BLOCK, q.device)
+    arrangement = arrange(Tokens(grid=grid), selector.order, q.device, block_q=BLOCK, block_k=BLOCK)
     q, k = arrangement.arranged(q), arrangement.arranged(k)
     looked = (q, k) if selector.dynamic else (None, None)
     lists = select(selector, arrangement, q.shape[2], *looked)

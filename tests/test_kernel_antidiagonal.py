@@ -6,30 +6,41 @@ import torch
 pytest.importorskip("triton")
 from kernel_checks import DEVICE
 
+from videoattn.call import Grid
 from videoattn.kernels import antidiagonal
 from videoattn.selection import xattention
+from videoattn.selection.arrangement import Blocks, Tokens, arrange
 from videoattn.testing import make_qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # inf - inf of NaN
 FP16, BF16 = torch.float16, torch.bfloat16
 
 
-def inputs(live, block, batch=2, heads=4, kv_heads=2, head_dim=64, dtype=BF16, layout="BNHD", device=DEVICE):
-    """q and k, where groups of empty places are up to the caller, and live on the device."""
-    places = len(live) * block
-    q, k, _ = make_qkv(
-        batch, places, places, heads, head_dim, kv_heads=kv_heads, dtype=dtype, layout=layout, device=device
-    )
-    return q, k, torch.tensor(live, dtype=torch.int32, device=device)
+def blocks_of(live, size, device=DEVICE):
+    """Blocks of which `live` places are taken."""
+    live = torch.tensor(live, dtype=torch.int32, device=device)
+    return Blocks(size=size, live=live, video=0, boxes=torch.empty(0, 3, 2, dtype=torch.int64, device=device))
 
 
-def empty_places(live, block, stride):
-    return (xattention.group_share(live, block, stride) == 0).repeat_interleave(stride)
+def whole(places, size):
+    """Blocks without gaps; the last has what is left."""
+    return blocks_of([min(size, places - at) for at in range(0, places, size)], size)
 
 
-def check(q, k, live, stride, **options):
-    got = antidiagonal.block_mass(q, k, live, stride=stride, **options)
-    expected = xattention.block_mass(q, k, live, stride=stride, **options)
+def qk(places, batch=2, heads=4, kv_heads=2, head_dim=64, dtype=BF16, layout="BNHD"):
+    return make_qkv(
+        batch, places, places, heads, head_dim, kv_heads=kv_heads, dtype=dtype, layout=layout, device=DEVICE
+    )[:2]
+
+
+def inputs(live, size, **options):
+    """q and k, where groups of empty places are up to the caller, and the blocks of both."""
+    return *qk(len(live) * size, **options), blocks_of(live, size)
+
+
+def check(q, k, queries, keys, stride, **options):
+    got = antidiagonal.block_mass(q, k, queries, keys, stride=stride, **options)
+    expected = xattention.block_mass(q, k, queries, keys, stride=stride, **options)
     assert got.dtype == torch.float32 and got.is_contiguous()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
@@ -40,6 +51,7 @@ def check(q, k, live, stride, **options):
         ([64, 64, 64], 64, 16, {}),
         ([128, 126, 84, 128, 1], 128, 16, {"head_dim": 128, "dtype": FP16}),
         ([64, 60, 64, 3, 17, 64, 64, 8, 9], 64, 4, {"layout": "fused", "kv_heads": 4}),  # tails of tiles
+        ([48, 3, 48, 1, 48], 48, 4, {}),  # groups of which not all are there
         ([128, 128, 77], 128, 8, {"layout": "BHND", "kv_heads": 1, "dtype": FP16}),
         ([5], 64, 64, {"batch": 1, "heads": 1, "kv_heads": 1}),
         ([64] * 66, 64, 64, {"batch": 1, "heads": 2, "head_dim": 16}),  # a group a block, two tiles
@@ -51,58 +63,91 @@ def check(q, k, live, stride, **options):
     ids=str,
 )
 def test_it_equals_torch(live, block, stride, options, poisoned):
-    q, k, live = inputs(live, block, **options)
-    check(q, k, live, stride)
+    q, k, blocks = inputs(live, block, **options)
+    check(q, k, blocks, blocks, stride)
+
+
+@pytest.mark.parametrize(
+    ("places", "block_q", "block_k", "stride", "options"),
+    [
+        (2 * 384, 192, 128, 16, {}),
+        (1801, 192, 128, 16, {"heads": 2, "kv_heads": 1, "head_dim": 128}),  # the last group has 9 places of 16
+        (1100, 192, 128, 8, {"batch": 1, "dtype": FP16, "layout": "fused", "kv_heads": 4}),  # 24 groups
+        (650, 192, 128, 4, {"heads": 2, "kv_heads": 1, "layout": "BHND"}),  # 48 and 32
+        (1000, 64, 192, 16, {"batch": 1}),
+        (640, 128, 64, 16, {}),
+        (700, 64, 64, 16, {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 256}),
+        (321, 48, 80, 16, {"batch": 1, "head_dim": 72}),
+        (77, 192, 128, 16, {}),  # less than a block
+        (3, 192, 128, 16, {}),  # less than a group
+    ],
+    ids=str,
+)
+def test_blocks_of_two_sizes_without_gaps(places, block_q, block_k, stride, options, poisoned):
+    q, k = qk(places, **options)
+    check(q, k, whole(places, block_q), whole(places, block_k), stride)
+
+
+def test_nothing_beyond_the_last_place_is_read(poisoned):
+    """Of 130 places the last group has 2."""
+    q, k = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 62), value=torch.nan)[:, :130] for x in qk(130))
+    queries, keys = whole(130, 192), whole(130, 128)
+    check(q, k, queries, keys, 16)
+    assert antidiagonal.block_mass(q, k, queries, keys, stride=16).isfinite().all()
 
 
 def test_groups_of_empty_places_may_hold_anything(poisoned):
-    q, k, live = inputs([64, 30, 1, 64, 16], 64)
-    expected = antidiagonal.block_mass(q, k, live, stride=8)
-    empty = empty_places(live, 64, 8)
+    q, k, blocks = inputs([64, 30, 1, 64, 16], 64)
+    expected = antidiagonal.block_mass(q, k, blocks, blocks, stride=8)
+    empty = (xattention.group_share(blocks, 8) == 0).repeat_interleave(8)
     for poison in (3e38, torch.inf, torch.nan):
         q[:, empty], k[:, empty] = poison, poison
-        assert torch.equal(antidiagonal.block_mass(q, k, live, stride=8), expected)
+        assert torch.equal(antidiagonal.block_mass(q, k, blocks, blocks, stride=8), expected)
 
 
 def test_a_row_holds_its_live_queries(poisoned):
-    q, k, live = inputs([64, 30, 1, 64, 16], 64)
-    rows = antidiagonal.block_mass(q, k, live, stride=8).sum(-1)
-    torch.testing.assert_close(rows, (live / 8).expand(2, 4, 5), rtol=1e-5, atol=0)
+    q, k, blocks = inputs([64, 30, 1, 64, 16], 64)
+    rows = antidiagonal.block_mass(q, k, blocks, blocks, stride=8).sum(-1)
+    torch.testing.assert_close(rows, (blocks.live / 8).expand(2, 4, 5), rtol=1e-5, atol=0)
+    q, k = qk(1001)
+    queries, keys = whole(1001, 192), whole(1001, 128)
+    rows = antidiagonal.block_mass(q, k, queries, keys, stride=16).sum(-1)
+    torch.testing.assert_close(rows, (queries.live / 16).expand(2, 4, 6), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 3.0, -1.0])
 def test_any_scale(scale, poisoned):
-    q, k, live = inputs([64, 30, 9], 64, heads=2, kv_heads=1)
-    check(q, k, live, 8, scale=scale)
+    q, k, blocks = inputs([64, 30, 9], 64, heads=2, kv_heads=1)
+    check(q, k, blocks, blocks, 8, scale=scale)
 
 
 def test_sums_beyond_half_precision(poisoned):
     """A sum over a group is far above 65504, a score is not."""
-    q, k, live = inputs([64, 64], 64, batch=1, heads=1, kv_heads=1, dtype=FP16)
+    q, k, blocks = inputs([64, 64], 64, batch=1, heads=1, kv_heads=1, dtype=FP16)
     q, k = 300 * q.sign(), 300 * torch.ones_like(k)
     q[:, :64] = 300
     assert (q[0, :16, 0].float() * k[0, :16, 0].float()).sum() > 65504
-    check(q, k, live, 16, scale=1e-6)
+    check(q, k, blocks, blocks, 16, scale=1e-6)
 
 
 def test_nan_stays_in_its_row(poisoned):
     """Of a query in its block's row, of a key in all rows of its heads."""
-    q, k, live = inputs([64, 64, 20], 64)
-    usual = antidiagonal.block_mass(q, k, live, stride=16)
+    q, k, blocks = inputs([64, 64, 20], 64)
+    usual = antidiagonal.block_mass(q, k, blocks, blocks, stride=16)
     q[1, 70, 2, 5] = torch.nan
-    got = antidiagonal.block_mass(q, k, live, stride=16)
+    got = antidiagonal.block_mass(q, k, blocks, blocks, stride=16)
     assert got[1, 2, 1].isnan().all()
     usual[1, 2, 1] = torch.nan
     assert torch.equal(got.nan_to_num(-1.0), usual.nan_to_num(-1.0))
     k[0, 3, 1, 0] = torch.nan
-    got = antidiagonal.block_mass(q, k, live, stride=16)
+    got = antidiagonal.block_mass(q, k, blocks, blocks, stride=16)
     assert got[0, 2:].isnan().all() and torch.equal(got[0, :2], usual[0, :2])
 
 
 def test_elements_that_do_not_lie_side_by_side(poisoned):
-    q, k, live = inputs([64, 30], 64, heads=2)
+    q, k, blocks = inputs([64, 30], 64, heads=2)
     q, k = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k))
-    check(q, k, live, 16)
+    check(q, k, blocks, blocks, 16)
 
 
 @pytest.mark.parametrize(
@@ -111,47 +156,51 @@ def test_elements_that_do_not_lie_side_by_side(poisoned):
         ({"dtype": torch.float32}, 64, 16, "takes q and k both in fp16 or in bf16, got torch.float32"),
         ({"head_dim": 12}, 64, 16, "takes head_dim 16 to 256 in steps of 8, got 12"),
         ({"head_dim": 8}, 64, 16, "takes head_dim 16 to 256"),
-        ({}, 64, 12, "takes blocks of 1, 2, 4 ... 64 groups, got blocks of 64 and a stride of 12"),
-        ({}, 48, 16, "takes blocks of 1, 2, 4 ... 64 groups, got blocks of 48 and a stride of 16"),
-        ({}, 128, 1, "takes blocks of 1, 2, 4 ... 64 groups"),
+        ({}, 64, 12, "takes blocks of 1 to 64 whole groups, got blocks of 64 and a stride of 12"),
+        ({}, 128, 1, "takes blocks of 1 to 64 whole groups, got blocks of 128 and a stride of 1"),
     ],
     ids=str,
 )
 def test_what_it_refuses(options, block, stride, reason):
-    q, k, live = inputs([block, 5], block, batch=1, heads=2, **options)
-    assert reason in antidiagonal.refuses(q, k, live, stride)
+    q, k, blocks = inputs([block, 5], block, batch=1, heads=2, **options)
+    assert reason in antidiagonal.refuses(q, k, blocks, blocks, stride)
     with pytest.raises(ValueError, match="antidiagonal: takes"):
-        antidiagonal.block_mass(q, k, live, stride=stride)
+        antidiagonal.block_mass(q, k, blocks, blocks, stride=stride)
+
+
+def test_either_size_is_looked_at():
+    q, k = qk(192)
+    for queries, keys in ((whole(192, 64), whole(192, 60)), (whole(192, 60), whole(192, 64))):
+        assert "got blocks of 60 and a stride of 16" in antidiagonal.refuses(q, k, queries, keys, 16)
 
 
 def test_it_refuses_older_cards(monkeypatch):
     monkeypatch.setattr(antidiagonal, "capability_of", lambda device: 75)
-    assert antidiagonal.refuses(*inputs([64], 64), 16) == "needs an NVIDIA card of compute capability 8.0"
+    q, k, blocks = inputs([64], 64)
+    assert antidiagonal.refuses(q, k, blocks, blocks, 16) == "needs an NVIDIA card of compute capability 8.0"
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("order", "block_q"), [("tiles", 128), ("raster", 192)])
 @pytest.mark.parametrize(("head_dim", "stride"), [(64, 8), (128, 16)])
-def test_the_selector_takes_it_on_a_gpu(head_dim, stride, monkeypatch):
-    from videoattn.call import Grid
-    from videoattn.selection.arrangement import Tokens, arrange
-
-    arrangement = arrange(
-        Tokens(grid=Grid(frames=9, height=30, width=45), after=77), "tiles", 128, torch.device("cuda")
-    )
+def test_the_selector_takes_it_on_a_gpu(head_dim, stride, order, block_q, monkeypatch):
+    tokens = Tokens(grid=Grid(frames=9, height=30, width=45), after=77)
+    arrangement = arrange(tokens, order, torch.device("cuda"), block_q=block_q, block_k=128)
+    queries, keys = arrangement.queries, arrangement.keys
     count = arrangement.tokens.count
     q, k, _ = make_qkv(2, count, count, 4, head_dim, kv_heads=2, dtype=BF16, device="cuda")
     q, k = arrangement.arranged(q), arrangement.arranged(k)
-    check(q, k, arrangement.live, stride)
+    check(q, k, queries, keys, stride)
     monkeypatch.setattr(xattention, "block_mass", None)
-    keep = xattention.XAttention(stride=stride).keep(arrangement, 4, q, k)
-    assert keep.shape == (2, 4, arrangement.blocks, arrangement.blocks) and keep.any(-1).all()
+    keep = xattention.XAttention(stride=stride, order=order).keep(arrangement, 4, q, k)
+    assert keep.shape == (2, 4, queries.count, keys.count) and keep.any(-1).all()
 
 
 @pytest.mark.gpu
 def test_rows_beyond_32_bits_on_a_gpu():
     """The last head of 128: its last rows lie 2^31 elements behind the first."""
-    block, n = 128, 1040
-    x = torch.randn(1, n * block, 128, 128, dtype=BF16, device="cuda")
+    places = 1040 * 128
+    x = torch.randn(1, places, 128, 128, dtype=BF16, device="cuda")
     q, k = x[:, :, -1:], x[:, :, -2:-1]
     assert (q.shape[1] - 1) * q.stride(1) > 2**31
-    check(q, k, torch.full((n,), block, dtype=torch.int32, device="cuda"), 16)
+    check(q, k, whole(places, 192), whole(places, 128), 16)

@@ -16,8 +16,9 @@ CPU = torch.device("cpu")
 GRIDS = [(6, 4, 6), (9, 5, 5), (20, 2, 3), (1, 7, 9), (12, 1, 1), (3, 2, 2)]
 
 
-def arranged(grid, order="raster", block=16, **text):
-    return arrange(Tokens(grid=Grid(frames=grid[0], height=grid[1], width=grid[2]), **text), order, block, CPU)
+def arranged(grid, order="raster", block=16, block_q=None, **text):
+    tokens = Tokens(grid=Grid(frames=grid[0], height=grid[1], width=grid[2]), **text)
+    return arrange(tokens, order, CPU, block_q=block_q or block, block_k=block)
 
 
 def qk(arrangement, batch=1, heads=4, kv_heads=None, dim=8, scale=1.0):
@@ -37,23 +38,26 @@ def coordinates(grid):
 
 def of_blocks(coordinate, density, arrangement):
     """The pairs of blocks that hold the largest share of the band, the nearest of those that hold the same."""
-    total, n = len(coordinate), arrangement.blocks
-    half = total * (1 - math.sqrt(1 - density))
-    groups = [
-        [coordinate[token - arrangement.tokens.before] for token in row[:live].tolist()]
-        for row, live in list(zip(arrangement.index.view(n, -1), arrangement.live, strict=True))[
-            : arrangement.video_blocks
+    half = len(coordinate) * (1 - math.sqrt(1 - density))
+    index = arrangement.index.tolist()
+    of_queries, of_keys = (
+        [
+            [coordinate[token - arrangement.tokens.before] for token in index[number * blocks.size :][:live]]
+            for number, live in enumerate(blocks.live[: blocks.video].tolist())
         ]
-    ]
+        for blocks in (arrangement.queries, arrangement.keys)
+    )
+    every = sum(map(len, of_queries)) * sum(map(len, of_keys))
     ranked = []
-    for (query, of_query), (key, of_key) in itertools.product(enumerate(groups), repeat=2):
+    for (query, of_query), (key, of_key) in itertools.product(enumerate(of_queries), enumerate(of_keys)):
         share = sum(abs(a - b) <= math.ceil(half) for a in of_query for b in of_key) / (len(of_query) * len(of_key))
         apart = abs(sum(of_query) / len(of_query) - sum(of_key) / len(of_key))
         ranked.append((-round(share, 9), round(apart, 4), len(of_query) * len(of_key), query, key))
     ranked.sort()
-    keep, covered, last = torch.zeros(n, n, dtype=torch.bool), 0, None
+    keep = torch.zeros(arrangement.queries.count, arrangement.keys.count, dtype=torch.bool)
+    covered, last = 0, None
     for *rank, pairs, query, key in ranked:
-        if covered >= density * total**2 and rank != last:
+        if covered >= density * every and rank != last:
             break
         keep[query, key] = True
         covered, last = covered + pairs, rank
@@ -61,8 +65,9 @@ def of_blocks(coordinate, density, arrangement):
 
 
 def share_of_pairs(mask, arrangement):
-    live = arrangement.live[: arrangement.video_blocks].double()
-    return float(live @ mask[: len(live), : len(live)].double() @ live / live.sum() ** 2)
+    """The share of the pairs of tokens in blocks of the video."""
+    of_q, of_k = (x.live[: x.video].double() for x in (arrangement.queries, arrangement.keys))
+    return float(of_q @ mask[: len(of_q), : len(of_k)].double() @ of_k / (of_q.sum() * of_k.sum()))
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.6, 1.0])
@@ -71,11 +76,21 @@ def share_of_pairs(mask, arrangement):
 def test_bands_are_those_of_the_rule(grid, order, density):
     arrangement = arranged(grid, order, before=3, after=20)
     found = bands(arrangement, density)
-    assert found.shape == (2, arrangement.blocks, arrangement.blocks) and found.dtype == torch.bool
+    assert found.shape == (2, arrangement.queries.count, arrangement.keys.count) and found.dtype == torch.bool
     for mask, coordinate in zip(found, coordinates(grid), strict=True):
         assert torch.equal(mask, of_blocks(coordinate, density, arrangement))
         assert torch.equal(mask, mask.T)
-        assert share_of_pairs(mask, arrangement) >= density - 1e-9
+        assert not arrangement.keys.video or share_of_pairs(mask, arrangement) >= density - 1e-9
+
+
+@pytest.mark.parametrize("text", [{}, {"before": 3, "after": 20}], ids=str)
+@pytest.mark.parametrize(("block_q", "block_k"), [(24, 16), (16, 8), (8, 16), (192, 128)])
+@pytest.mark.parametrize("order", ["raster", "morton"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_blocks_of_two_sizes(grid, order, block_q, block_k, text):
+    arrangement = arranged(grid, order, block_k, block_q, **text)
+    for mask, coordinate in zip(bands(arrangement, 0.3), coordinates(grid), strict=True):
+        assert torch.equal(mask, of_blocks(coordinate, 0.3, arrangement))
 
 
 def test_blocks_of_one_token_are_the_bands_of_the_paper():
@@ -97,10 +112,11 @@ def test_the_first_is_near_in_time_and_the_second_near_in_place():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_at_real_size_both_cost_the_target(order):
-    arrangement = arranged((21, 30, 52), order, block=128, after=100)
-    for density in (0.1, 0.3):
-        for mask in bands(arrangement, density):
-            assert density <= share_of_pairs(mask, arrangement) < density + 0.02
+    for block_q in {128, 128 if order == "tiles" else 192}:
+        arrangement = arranged((21, 30, 52), order, block=128, block_q=block_q, after=100)
+        for density in (0.1, 0.3):
+            for mask in bands(arrangement, density):
+                assert density <= share_of_pairs(mask, arrangement) < density + 0.02
 
 
 def test_one_frame_or_one_position_is_one_band():
@@ -109,17 +125,19 @@ def test_one_frame_or_one_position_is_one_band():
         assert torch.equal(spatial, temporal)
 
 
+@pytest.mark.parametrize(("order", "block_q"), [("tiles", 16), ("morton", 24)])
 @pytest.mark.parametrize("rows", [5, 10_000])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_shares_are_those_of_the_softmax(heads, kv_heads, rows, monkeypatch):
-    arrangement = arranged((5, 3, 7), "tiles", before=2, after=9)
+def test_shares_are_those_of_the_softmax(heads, kv_heads, rows, order, block_q, monkeypatch):
+    arrangement = arranged((5, 3, 7), order, 16, block_q, before=2, after=9)
     q, k = qk(arrangement, 3, heads, kv_heads)
     masks = bands(arrangement, 0.3)
-    live = (torch.arange(arrangement.block) < arrangement.live[:, None]).flatten()
+    live = torch.zeros(q.shape[1], dtype=torch.bool)
+    live[arrangement.places] = True
     exact = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(heads // kv_heads, 2)) / 8**0.5
     mass = exact.masked_fill(~live, -torch.inf).softmax(-1)
     places = arrangement.places[2 : 2 + 5 * 3 * 7] if rows > 105 else sampled(arrangement, rows)
-    of_tokens = masks.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    of_tokens = masks.repeat_interleave(block_q, 1).repeat_interleave(16, 2)[:, : q.shape[1], : q.shape[1]]
     expected = torch.stack([(mass * mask)[:, :, places].sum(-1).mean(-1) for mask in of_tokens])
     for limit in (module.LIMIT, 1):  # all heads at once, and one by one
         monkeypatch.setattr(module, "LIMIT", limit)
@@ -145,7 +163,9 @@ def test_heads_get_the_band_that_they_attend_in(order, kv_heads, text):
     selector = Bands(density=0.4, order=order)
     keep = selector.keep(arrangement, 2, q, k)
     spatial, temporal = bands(arrangement, 0.4)
-    assert keep.shape == (2, 2, arrangement.blocks, arrangement.blocks) and not torch.equal(spatial, temporal)
+    assert keep.shape == (2, 2, arrangement.queries.count, arrangement.keys.count) and not torch.equal(
+        spatial, temporal
+    )
     for row, head in itertools.product(range(2), repeat=2):
         assert torch.equal(keep[row, head], spatial if row == head else temporal)
     lists = select(selector, arrangement, 2, q, k)
@@ -172,7 +192,8 @@ def test_the_choice_is_the_larger_share_and_always_the_same():
 def test_empty_places_do_not_count():
     arrangement = arranged((5, 3, 7), "tiles", after=3)
     q, k = qk(arrangement)
-    empty = (torch.arange(16) >= arrangement.live[:, None]).flatten()
+    empty = torch.ones(q.shape[1], dtype=torch.bool)
+    empty[arrangement.places] = False
     wrong = torch.where(empty[:, None, None], 100.0, k)
     masks = bands(arrangement, 0.3)
     assert empty.any() and torch.equal(shares(masks, arrangement, 64, q, k), shares(masks, arrangement, 64, q, wrong))

@@ -15,8 +15,9 @@ CPU = torch.device("cpu")
 GRIDS = [(6, 4, 6), (9, 5, 5), (20, 2, 3), (1, 7, 9), (12, 1, 1), (3, 2, 2)]
 
 
-def arranged(grid, order="raster", block=16, **text):
-    return arrange(Tokens(grid=Grid(frames=grid[0], height=grid[1], width=grid[2]), **text), order, block, CPU)
+def arranged(grid, order="raster", block=16, block_q=None, **text):
+    tokens = Tokens(grid=Grid(frames=grid[0], height=grid[1], width=grid[2]), **text)
+    return arrange(tokens, order, CPU, block_q=block_q or block, block_k=block)
 
 
 def of_the_paper(grid):
@@ -34,7 +35,7 @@ def of_the_paper(grid):
 
 
 def by_the_rule(grid, block, decay_factor):
-    """The same with a narrowest window of a block or a frame, and the factor."""
+    """The same with a narrowest window of a block of keys or a frame, and the factor."""
     frames, area = grid[0], grid[1] * grid[2]
     narrowest = min(block, area)
 
@@ -53,14 +54,16 @@ def by_the_rule(grid, block, decay_factor):
 
 def of_blocks(mask, arrangement):
     """More than 60 % of the keys that are seen at all are seen by more than a third of the queries."""
-    starts = [number * arrangement.block for number in range(arrangement.video_blocks)]
-    groups = [
-        arrangement.index[start : start + live] - arrangement.tokens.before
-        for start, live in zip(starts, arrangement.live.tolist(), strict=False)
-    ]
-    keep = torch.zeros(arrangement.blocks, arrangement.blocks, dtype=torch.bool)
-    for query, key in itertools.product(range(len(groups)), repeat=2):
-        share = [sum(column) / len(column) for column in mask[groups[query]][:, groups[key]].T.tolist()]
+    of_queries, of_keys = (
+        [
+            arrangement.index[number * blocks.size :][:live] - arrangement.tokens.before
+            for number, live in enumerate(blocks.live[: blocks.video].tolist())
+        ]
+        for blocks in (arrangement.queries, arrangement.keys)
+    )
+    keep = torch.zeros(arrangement.queries.count, arrangement.keys.count, dtype=torch.bool)
+    for (query, rows), (key, columns) in itertools.product(enumerate(of_queries), enumerate(of_keys)):
+        share = [sum(column) / len(column) for column in mask[rows][:, columns].T.tolist()]
         seen = [x for x in share if x > 0]
         keep[query, key] = len(seen) > 0 and sum(x > 1 / 3 for x in seen) / len(seen) > 0.6
     return keep
@@ -82,8 +85,18 @@ def test_blocks_of_one_token_are_the_mask_of_the_paper(grid, order):
 def test_blocks_are_those_of_the_rule(grid, order, decay_factor):
     arrangement = arranged(grid, order, before=3, after=20)
     keep = Radial(decay_factor=decay_factor, order=order).keep(arrangement, 2)
-    assert keep.shape == (1, 1, arrangement.blocks, arrangement.blocks) and keep.dtype == torch.bool
+    assert keep.shape == (1, 1, arrangement.queries.count, arrangement.keys.count) and keep.dtype == torch.bool
     assert torch.equal(keep[0, 0], of_blocks(by_the_rule(grid, 16, decay_factor), arrangement))
+
+
+@pytest.mark.parametrize("text", [{}, {"before": 3, "after": 20}], ids=str)
+@pytest.mark.parametrize(("block_q", "block_k"), [(24, 16), (16, 8), (8, 16), (192, 128)])
+@pytest.mark.parametrize("order", ["raster", "morton"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_blocks_of_two_sizes(grid, order, block_q, block_k, text):
+    arrangement = arranged(grid, order, block_k, block_q, **text)
+    keep = Radial(decay_factor=0.5, order=order).keep(arrangement, 2)
+    assert torch.equal(keep[0, 0], of_blocks(by_the_rule(grid, block_k, 0.5), arrangement))
 
 
 @pytest.mark.parametrize("area", [1, 5, 100, 1560, 3600])

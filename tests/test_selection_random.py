@@ -11,17 +11,19 @@ from videoattn.selection.random import Random
 from videoattn.selection.selector import required, select, selector_of
 
 
-def laid_out(frames=5, order="raster", **text):
-    return arrange(Tokens(grid=Grid(frames=frames, height=6, width=7), **text), order, 16, torch.device("cpu"))
+def laid_out(frames=5, block_q=16, **text):
+    tokens = Tokens(grid=Grid(frames=frames, height=6, width=7), **text)
+    return arrange(tokens, "raster", torch.device("cpu"), block_q=block_q, block_k=16)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("block_q", [16, 24])
 @pytest.mark.parametrize("frames", [1, 5])
-def test_so_many_of_the_videos_blocks(frames, density):
-    arrangement = laid_out(frames, before=3, after=20)
+def test_so_many_of_the_videos_blocks(frames, block_q, density):
+    arrangement = laid_out(frames, block_q, before=3, after=20)
     keep = Random(density=density).keep(arrangement, 3)
-    n, video = arrangement.blocks, arrangement.video_blocks
-    assert keep.shape == (1, 3, n, n) and keep.dtype == torch.bool
+    video = arrangement.keys.video
+    assert keep.shape == (1, 3, arrangement.queries.count, arrangement.keys.count) and keep.dtype == torch.bool
     assert (keep[..., :video].sum(-1) == math.ceil(density * video)).all() and not keep[..., video:].any()
 
 
@@ -37,7 +39,8 @@ def test_each_row_of_each_head_and_batch_has_its_own():
 def test_every_block_is_as_likely():
     arrangement = laid_out(20)
     share = Random(density=0.25).keep(arrangement, 64).float().mean((0, 1, 2))
-    n, expected = arrangement.blocks, math.ceil(0.25 * arrangement.blocks) / arrangement.blocks
+    n = arrangement.keys.count
+    expected = math.ceil(0.25 * n) / n
     spread = math.sqrt(expected * (1 - expected) / (64 * n))
     assert ((share - expected).abs() < 5 * spread).all()
 
@@ -60,7 +63,7 @@ def test_lists_for_the_kernel():
     arrangement = laid_out(after=20)
     lists = select(selector_of("random", density=0.2), arrangement, 4)
     assert not (required(arrangement) & ~lists.keep).any()
-    assert lists.counts.shape == (1, 4, arrangement.blocks)
+    assert lists.counts.shape == (1, 4, arrangement.queries.count)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,13 @@ from videoattn.selection.random import Random
 from videoattn.selection.recall import recall
 
 
-def laid_out(order="tiles", frames=5, **text):
-    return arrange(Tokens(grid=Grid(frames=frames, height=6, width=7), **text), order, 16, torch.device("cpu"))
+def laid_out(order="tiles", frames=5, block_q=16, **text):
+    tokens = Tokens(grid=Grid(frames=frames, height=6, width=7), **text)
+    return arrange(tokens, order, torch.device("cpu"), block_q=block_q, block_k=16)
+
+
+def mask_of(arrangement, batch=1, heads=1, share=0.4):
+    return torch.rand(batch, heads, arrangement.queries.count, arrangement.keys.count) < share
 
 
 def inputs(arrangement, batch=2, heads=4, kv_heads=2, head_dim=8):
@@ -24,19 +29,20 @@ def kept_mass(q, k, keep, arrangement):
     """fp64 [B, H, N]: of each token as a query, in the tokens' own order."""
     k = k.double().repeat_interleave(q.shape[2] // k.shape[2], 2)
     p = (torch.einsum("bihd,bjhd->bhij", q.double(), k) * q.shape[-1] ** -0.5).softmax(-1)
-    block = arrangement.places // arrangement.block
-    pairs = keep.expand(*p.shape[:2], -1, -1)[:, :, block][..., block]
+    queries, keys = (arrangement.places // blocks.size for blocks in (arrangement.queries, arrangement.keys))
+    pairs = keep.expand(*p.shape[:2], -1, -1)[:, :, queries][..., keys]
     return (p * pairs).sum(-1)
 
 
-@pytest.mark.parametrize("order", ["raster", "tiles", "morton"])
+@pytest.mark.parametrize(
+    ("order", "block_q"), [("raster", 16), ("raster", 24), ("tiles", 16), ("morton", 8), ("morton", 192)]
+)
 @pytest.mark.parametrize("frames", [1, 5])
-def test_it_is_the_mass_of_softmax(order, frames):
+def test_it_is_the_mass_of_softmax(order, block_q, frames):
     """Odd sizes, shared keys, text on both sides, empty places."""
-    arrangement = laid_out(order, frames, before=3, after=9)
+    arrangement = laid_out(order, frames, block_q, before=3, after=9)
     q, k = inputs(arrangement)
-    n = arrangement.blocks
-    for keep in (torch.rand(2, 4, n, n) < 0.4, torch.rand(1, 1, n, n) < 0.4):
+    for keep in (mask_of(arrangement, 2, 4), mask_of(arrangement)):
         got = recall(*map(arrangement.arranged, (q, k)), keep, arrangement)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), kept_mass(q, k, keep, arrangement).mean(-1), rtol=1e-5, atol=0)
@@ -46,7 +52,7 @@ def test_sampled_rows_are_rows():
     """Taken alone or together: the mean of those that were drawn, by their seed."""
     arrangement = laid_out(after=9)
     q, k = inputs(arrangement)
-    keep = torch.rand(2, 4, arrangement.blocks, arrangement.blocks) < 0.4
+    keep = mask_of(arrangement, 2, 4)
     arranged = [arrangement.arranged(x) for x in (q, k)]
     mass = kept_mass(q, k, keep, arrangement)
     single = {seed: recall(*arranged, keep, arrangement, rows=1, seed=seed).double() for seed in range(5)}
@@ -63,7 +69,7 @@ def test_sampled_rows_are_rows():
 def test_empty_places_may_hold_anything():
     arrangement = laid_out()
     q, k = map(arrangement.arranged, inputs(arrangement))
-    keep = torch.rand(1, 1, arrangement.blocks, arrangement.blocks) < 0.4
+    keep = mask_of(arrangement)
     expected = recall(q, k, keep, arrangement)
     empty = torch.ones(q.shape[1], dtype=torch.bool)
     empty[arrangement.places] = False
@@ -75,10 +81,9 @@ def test_empty_places_may_hold_anything():
 def test_everything_nothing_and_two_halves():
     arrangement = laid_out(before=3)
     q, k = map(arrangement.arranged, inputs(arrangement))
-    n = arrangement.blocks
-    torch.testing.assert_close(recall(q, k, torch.ones(1, 1, n, n).bool(), arrangement), torch.ones(2, 4))
-    assert not recall(q, k, torch.zeros(1, 1, n, n).bool(), arrangement).any()
-    half = torch.rand(2, 4, n, n) < 0.5
+    torch.testing.assert_close(recall(q, k, mask_of(arrangement, share=1.0), arrangement), torch.ones(2, 4))
+    assert not recall(q, k, mask_of(arrangement, share=0.0), arrangement).any()
+    half = mask_of(arrangement, 2, 4)
     both = recall(q, k, half, arrangement) + recall(q, k, ~half, arrangement)
     torch.testing.assert_close(both, torch.ones(2, 4))
 
@@ -87,8 +92,8 @@ def test_scale_is_that_of_the_call():
     """At 0 every key counts the same: the share of the tokens."""
     arrangement = laid_out(after=9)
     q, k = map(arrangement.arranged, inputs(arrangement))
-    keep = torch.rand(1, 1, arrangement.blocks, arrangement.blocks) < 0.4
-    live = arrangement.live.double()
+    keep = mask_of(arrangement)
+    live = arrangement.keys.live.double()
     expected = (live @ keep[0, 0].double() @ live) / live.sum() ** 2
     torch.testing.assert_close(
         recall(q, k, keep, arrangement, scale=0.0).double(), expected.expand(2, 4), rtol=1e-5, atol=0
@@ -98,7 +103,7 @@ def test_scale_is_that_of_the_call():
 def test_chunks_change_nothing(monkeypatch):
     arrangement = laid_out()
     q, k = map(arrangement.arranged, inputs(arrangement))
-    keep = torch.rand(1, 1, arrangement.blocks, arrangement.blocks) < 0.4
+    keep = mask_of(arrangement)
     whole = recall(q, k, keep, arrangement)
     for scores in (1, 7 * 2 * q.shape[1]):
         monkeypatch.setattr(module, "SCORES", scores)
@@ -107,7 +112,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_a_selector_that_looks_beats_the_control():
     arrangement = laid_out("tiles")
-    n = arrangement.blocks
+    n = arrangement.keys.count
     direction = torch.nn.functional.one_hot(torch.arange(n), n).float().repeat_interleave(16, 0)[None, :, None]
     q, k = 4 * direction + torch.randn(1, n * 16, 2, n), 4 * direction + torch.randn(1, n * 16, 2, n)
     q, k = (arrangement.arranged(arrangement.restored(x)) for x in (q, k))
@@ -120,4 +125,4 @@ def test_rows_are_checked():
     arrangement = laid_out()
     q, k = map(arrangement.arranged, inputs(arrangement))
     with pytest.raises(ValueError, match="wanted one row at least, got 0"):
-        recall(q, k, torch.ones(1, 1, arrangement.blocks, arrangement.blocks).bool(), arrangement, rows=0)
+        recall(q, k, mask_of(arrangement), arrangement, rows=0)

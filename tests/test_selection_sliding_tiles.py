@@ -15,11 +15,12 @@ CPU = torch.device("cpu")
 
 
 def arranged(grid, block, tile=None, **text):
-    return arrange(Tokens(grid=Grid(frames=grid[0], height=grid[1], width=grid[2]), **text), "tiles", block, CPU, tile)
+    tokens = Tokens(grid=Grid(frames=grid[0], height=grid[1], width=grid[2]), **text)
+    return arrange(tokens, "tiles", CPU, block_q=block, block_k=block, tile=tile)
 
 
 def video(keep, arrangement):
-    return keep[..., : arrangement.video_blocks, : arrangement.video_blocks]
+    return keep[..., : arrangement.queries.video, : arrangement.keys.video]
 
 
 def by_the_centre(counts, widths):
@@ -46,7 +47,7 @@ def test_windows_are_those_of_the_paper(widths, text):
     arrangement = arranged([c * t for c, t in zip(counts, tile, strict=True)], 12, tile, **text)
     window = tuple(w * t for w, t in zip(widths, tile, strict=True))
     keep = SlidingTiles(windows=(window,)).keep(arrangement, 4)
-    assert keep.shape == (1, 1, arrangement.blocks, arrangement.blocks) and keep.dtype == torch.bool
+    assert keep.shape == (1, 1, arrangement.queries.count, arrangement.keys.count) and keep.dtype == torch.bool
     assert torch.equal(video(keep, arrangement)[0, 0], by_the_centre(counts, widths))
     assert keep.sum() == video(keep, arrangement).sum()  # text is for the caller to add
 
@@ -96,7 +97,7 @@ def test_any_grid_with_its_own_tile(grid):
     arrangement = arranged(grid, 128, before=7, after=300)
     selector = selector_of("sliding_tiles")
     lists = select(selector, arrangement, 3)
-    assert lists.keep.shape == (1, 3, arrangement.blocks, arrangement.blocks)
+    assert lists.keep.shape == (1, 3, arrangement.queries.count, arrangement.keys.count)
     assert (lists.counts >= selector.keep(arrangement, 3).sum(-1)).all() and lists.counts.min() >= 1
     wide = SlidingTiles(windows=(grid,)).keep(arrangement, 3)
     assert video(wide, arrangement).all()
@@ -117,7 +118,7 @@ def test_windows_that_are_none(windows):
 
 
 def test_other_orders_have_no_tiles():
-    arrangement = arrange(Tokens(grid=Grid(frames=2, height=4, width=4)), "raster", 8, CPU)
+    arrangement = arrange(Tokens(grid=Grid(frames=2, height=4, width=4)), "raster", CPU, block_q=8, block_k=8)
     with pytest.raises(ValueError, match="wanted tokens in the order 'tiles', got 'raster'"):
         SlidingTiles().keep(arrangement, 1)
     assert SlidingTiles.order == "tiles" and not SlidingTiles.dynamic

@@ -21,6 +21,7 @@ class BlockList:
         keep: bool [B, H, nq, nk], the same as a mask; what takes part in a pooled remainder is what it leaves out.
         live: int32 [nk], how many tokens of a key block are there, the first ones.
         block_q, block_k: places of a block.
+        gaps: whether other blocks than the last may be filled in part.
 
     Dimensions B and H may be expanded (stride 0): lists that are the same for all.
     """
@@ -31,9 +32,10 @@ class BlockList:
     live: Tensor
     block_q: int
     block_k: int
+    gaps: bool = False
 
     @classmethod
-    def of(cls, keep: Tensor, live: Tensor, block_q: int, block_k: int) -> BlockList:
+    def of(cls, keep: Tensor, live: Tensor, block_q: int, block_k: int, *, gaps: bool = False) -> BlockList:
         """Lists from a mask bool [B, H, nq, nk]; without a synchronisation."""
         is_mask = keep.dtype == torch.bool and keep.ndim == 4
         if not is_mask or live.dtype != torch.int32 or live.shape != keep.shape[-1:]:
@@ -48,7 +50,7 @@ class BlockList:
         rank = torch.where(keep, among_kept, counts[..., None] + among_left) - 1
         blocks = torch.arange(nk, dtype=torch.int32, device=keep.device).expand(keep.shape)
         indices = torch.empty_like(blocks, memory_format=torch.contiguous_format).scatter_(-1, rank.long(), blocks)
-        return cls(counts=counts, indices=indices, keep=keep, live=live, block_q=block_q, block_k=block_k)
+        return cls(counts=counts, indices=indices, keep=keep, live=live, block_q=block_q, block_k=block_k, gaps=gaps)
 
     def expand(self, batch: int, heads: int) -> BlockList:
         """For all rows of a batch and all heads, where they share lists."""
@@ -59,6 +61,7 @@ class BlockList:
             live=self.live,
             block_q=self.block_q,
             block_k=self.block_k,
+            gaps=self.gaps,
         )
 
     @property
@@ -68,7 +71,7 @@ class BlockList:
         return (self.keep * weight).sum(-1).mean()
 
     def token_mask(self) -> Tensor:
-        """bool [B, H, Nq, Nk] over places, for the oracle."""
+        """bool [B, H, nq block_q, nk block_k] over the places of whole blocks, for the oracle."""
         keys = torch.arange(self.block_k, device=self.live.device) < self.live[:, None]
         mask = self.keep[..., None] & keys
         return mask.flatten(-2).repeat_interleave(self.block_q, dim=-2)

@@ -3,7 +3,7 @@
 For two tokens at the positions k, l (row by row) of two frames d apart, of T tokens each:
 
     octave    o = floor(log2(max(d, 1)))
-    narrowest a = min(block, T)
+    narrowest a = min(block of keys, T)
     window    w = T where d <= 1, max(decay_factor T / 2^o, a) elsewhere
     kept      |k - l| + 1 <= w,  and where T / 2^o < a only from frames with d mod ceil(a 2^o / T) = 0
 
@@ -20,8 +20,7 @@ Ours: T itself, where their code takes the next power of two; frames smaller tha
 then); the rule for blocks over whole blocks and the queries that are there, not frame by frame, so that it holds in any
 order of tokens. The first frame, a sink of theirs, is for the caller to add.
 
-Letters: B batch, P places, H heads, Hkv key heads, D head_dim, n blocks, N video tokens, F frames, T tokens of a frame,
-L windows.
+Letters: nq and nk blocks of queries and of keys, N video tokens, F frames, T tokens of a frame, L windows.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class Radial:
         k: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """bool [1, 1, n, n]; it looks at neither q nor k."""
-        n, video = arrangement.blocks, arrangement.video_blocks
-        keep = torch.zeros(1, 1, n, n, dtype=torch.bool, device=arrangement.live.device)
-        keep[..., :video, :video] = _kept(arrangement, self.decay_factor)
+        """bool [1, 1, nq, nk]; it looks at neither q nor k."""
+        queries, keys = arrangement.queries, arrangement.keys
+        keep = torch.zeros(1, 1, queries.count, keys.count, dtype=torch.bool, device=arrangement.index.device)
+        keep[..., : queries.video, : keys.video] = _kept(arrangement, self.decay_factor)
         return keep
 
 
@@ -77,7 +76,7 @@ def reach(distance: int, area: int, block: int, decay_factor: float) -> int:
     """How far apart in their frames two tokens may be that see one another; -1 where none does.
 
     Args:
-        distance: of the frames. area: tokens of a frame.
+        distance: of the frames. area: tokens of a frame. block: of keys.
     """
     if distance <= 1:
         return area - 1
@@ -90,14 +89,15 @@ def reach(distance: int, area: int, block: int, decay_factor: float) -> int:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _kept(arrangement: Arrangement, decay_factor: float) -> Tensor:
-    """The mask of the video's blocks, bool [n, n]; cached by the arrangement itself, which is of one grid.
+    """The mask of the video's blocks, bool [nq, nk]; cached by the arrangement itself, which is of one grid.
 
     Block by block of queries: how many of them see each key token is the difference of two running sums over the
     positions of a frame, for each of the few windows.
     """
-    grid, block, device = arrangement.tokens.grid, arrangement.block, arrangement.live.device
+    grid, device = arrangement.tokens.grid, arrangement.index.device
+    queries, keys = arrangement.queries, arrangement.keys
     frames, area = grid.frames, grid.height * grid.width
-    reaches = [reach(distance, area, block, decay_factor) for distance in range(frames)]
+    reaches = [reach(distance, area, keys.size, decay_factor) for distance in range(frames)]
     windows = torch.tensor(sorted(set(reaches) - {-1}), device=device)  # [L]
     numbers = torch.arange(frames, device=device)
     between = torch.tensor(reaches, device=device)[(numbers - numbers[:, None]).abs()]
@@ -105,19 +105,18 @@ def _kept(arrangement: Arrangement, decay_factor: float) -> Tensor:
     positions = torch.arange(area, device=device)
     low, high = (positions - windows[:, None]).clamp(min=0), (positions + windows[:, None] + 1).clamp(max=area)
 
-    video = arrangement.index[: arrangement.video_blocks * block] - arrangement.tokens.before
-    keys = video.int()
-    taken = torch.arange(block, device=device) < arrangement.live[: arrangement.video_blocks, None]
-    boxes, live = arrangement.boxes[:, 0].tolist(), arrangement.live.tolist()
-    rows = []
-    for number, (first, last) in enumerate(boxes):
-        span, count = last - first + 1, live[number]
-        queries = torch.zeros(span * area, dtype=torch.int32, device=device)
-        queries[video[number * block :][:count] - first * area] = 1
-        until = torch.nn.functional.pad(queries.view(span, area).cumsum(-1, dtype=torch.int32), (1, 0)).float()
+    number = arrangement.index - arrangement.tokens.before
+    of_keys, taken = keys.cut(number)[: keys.video].flatten().int(), keys.taken[: keys.video]
+    kept = torch.empty(queries.video, keys.video, dtype=torch.bool, device=device)
+    of_queries = zip(kept, queries.cut(number), queries.boxes[:, 0].tolist(), queries.live.tolist(), strict=False)
+    for row, tokens, (first, last), count in of_queries:
+        span = last - first + 1
+        there = torch.zeros(span * area, dtype=torch.int32, device=device)
+        there[tokens - first * area] = 1  # an empty place repeats a token of its block
+        until = torch.nn.functional.pad(there.view(span, area).cumsum(-1, dtype=torch.int32), (1, 0)).float()
         inside = until[:, high] - until[:, low]  # [span, L, T]
         seen = uses[first : last + 1].flatten(0, 1).T @ inside.flatten(0, 1)  # [F, T], queries that see each key
-        seen = seen.flatten().index_select(0, keys).view(-1, block)
+        seen = seen.flatten().index_select(0, of_keys).view(-1, keys.size)
         many, some = ((seen > least) & taken for least in (count / 3, 0))
-        rows.append(5 * many.sum(-1) > 3 * some.sum(-1))
-    return torch.stack(rows)
+        row.copy_(5 * many.sum(-1) > 3 * some.sum(-1))
+    return kept

@@ -1,6 +1,6 @@
 """Random key blocks: the control that every selector has to beat at the same density.
 
-Letters: B batch, P places, H heads, n blocks.
+Letters: B batch, H heads, nq and nk blocks of queries and of keys.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class Random:
         k: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """bool [B, H, n, n]; B of q, or 1. Nothing but the batch is read of q."""
+        """bool [B, H, nq, nk]; B of q, or 1. Nothing but the batch is read of q."""
         batch = 1 if q is None else q.shape[0]
         # On the CPU: a generator of its own leaves everybody's random state alone, and cards draw other numbers.
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.rand(batch, heads, arrangement.blocks, arrangement.video_blocks, generator=generator)
-        return video_only(best(drawn, self.density), arrangement.blocks).to(arrangement.live.device)
+        queries, keys = arrangement.queries, arrangement.keys
+        drawn = torch.rand(batch, heads, queries.count, keys.video, generator=generator)
+        return video_only(best(drawn, self.density), keys.count).to(keys.live.device)

@@ -2,7 +2,8 @@
 
     recall = mean over queries i of  sum_j kept softmax_j(scale q_i . k_j)
 
-Letters: B batch, P places, N tokens, H heads, Hkv key heads, G = H / Hkv, D head_dim, n blocks.
+Letters: B batch, P places, N tokens, H heads, Hkv key heads, G = H / Hkv, D head_dim, nq and nk blocks of queries and of
+keys.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from videoattn.selection.arrangement import Arrangement
+from videoattn.selection.arrangement import Arrangement, block_sums
 
 SCORES = 2**24
 """Scores held at a time, 64 MiB in fp32, unless one query of a key head's G heads has more: G * P."""
@@ -35,21 +36,21 @@ def recall(
 
     Args:
         q: [B, P, H, D]; k: [B, P, Hkv, D], arranged.
-        keep: bool, [B, H, n, n] or dimensions of 1 in place of B and H.
+        keep: bool, [B, H, nq, nk] or dimensions of 1 in place of B and H.
         rows: how many tokens to take as queries, at random; all where None, or where there are no more.
         seed: of that choice. scale: 1 / sqrt(D) by default.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"recall: wanted one row at least, got {rows}")
     batch, places, heads, head_dim = q.shape
-    kv_heads, n = k.shape[2], arrangement.blocks
+    kv_heads, block_k = k.shape[2], arrangement.keys.size
     group, scale = heads // kv_heads, head_dim**-0.5 if scale is None else scale
-    keep = keep.expand(batch, heads, n, n)
+    keep = keep.expand(batch, heads, -1, -1)
     queries = arrangement.places
     if rows is not None and rows < len(queries):
         generator = torch.Generator().manual_seed(seed)
         queries = queries[torch.randperm(len(queries), generator=generator)[:rows].sort().values.to(queries.device)]
-    empty = (torch.arange(arrangement.block, device=q.device) >= arrangement.live[:, None]).flatten()
+    empty = arrangement.empty
     total = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for b, head in itertools.product(range(batch), range(kv_heads)):
@@ -57,7 +58,7 @@ def recall(
             keys = k[b, :, head].float().T
             for some in queries.split(max(1, SCORES // (group * places))):
                 scores = (q[b, some, mine].float() * scale).transpose(0, 1) @ keys
-                mass = scores.masked_fill_(empty, -torch.inf).softmax(-1).unflatten(-1, (n, -1)).sum(-1)
-                kept = mass * keep[b, mine, some // arrangement.block]
+                mass = block_sums(scores.masked_fill_(empty, -torch.inf).softmax(-1), block_k, -1)
+                kept = mass * keep[b, mine, some // arrangement.queries.size]
                 total[b, mine] += kept.sum((-1, -2), dtype=torch.float64)
     return (total / len(queries)).float()

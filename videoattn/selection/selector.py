@@ -1,11 +1,11 @@
 """What a selector is, and what stays whatever it says.
 
-Letters: B batch, P places (tokens in blocks), H heads, Hkv key heads, D head_dim, n blocks.
+Letters: B batch, P places (tokens in order), H heads, Hkv key heads, D head_dim, nq and nk blocks of queries and of keys.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from dataclasses import MISSING, fields
 from typing import ClassVar, Protocol
 
@@ -33,7 +33,7 @@ class Selector(Protocol):
         k: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """Which key blocks to keep, bool [B, H, n, n]; dimensions of 1 in place of B and H where all are alike.
+        """Which key blocks to keep, bool [B, H, nq, nk]; dimensions of 1 in place of B and H where all are alike.
 
         q: [B, P, H, D]; k: [B, P, Hkv, D], arranged; of a dynamic selector. scale: on q k^T, 1 / sqrt(D) where None.
         """
@@ -74,18 +74,21 @@ def label(selector: Selector) -> str:
 
 
 def required(arrangement: Arrangement, *, first_frame: bool = True) -> Tensor:
-    """What stays whatever a selector says, bool [n, n]: the diagonal, text keys, all keys of text queries.
+    """What stays whatever a selector says, bool [nq, nk]: the diagonal, which is the key blocks that share a place with
+    the query block, text keys, and all keys of text queries.
 
     first_frame: also every key block of the first frame alone, which image-to-video models condition on and others attend
         to from everywhere (Radial Attention, arXiv:2506.19852). A block that holds later frames too is not meant: in tiles
         and in Morton order these would be a quarter to half of all.
     """
-    n, video = arrangement.blocks, arrangement.video_blocks
-    keep = torch.eye(n, dtype=torch.bool, device=arrangement.live.device)
-    keep[:, video:] = True
-    keep[video:] = True
+    queries, keys = arrangement.queries, arrangement.keys
+    of_query, of_key = (torch.arange(x.count, device=x.live.device) * x.size for x in (queries, keys))
+    of_query = of_query[:, None]
+    keep = (of_query < of_key + keys.size) & (of_key < of_query + queries.size)
+    keep[:, keys.video :] = True
+    keep[queries.video :] = True
     if first_frame:
-        keep[:, :video] |= arrangement.boxes[:, 0, 1] == 0
+        keep[:, : keys.video] |= keys.boxes[:, 0, 1] == 0
     return keep
 
 
@@ -106,15 +109,36 @@ def select(
         scale: on q k^T, 1 / sqrt(D) where None. first_frame: see `required`.
 
     Raises:
-        ValueError: tokens in another order than the selector's, or q and k that are not arranged.
+        ValueError: tokens in another order than the selector's, or q and k of another number of places.
     """
     if arrangement.order != selector.order:
         raise ValueError(f"select: wanted tokens in the order {selector.order!r}, got {arrangement.order!r}")
     for name, x in (("q", q), ("k", k)):
         if x is not None and x.shape[1] != arrangement.index.shape[0]:
             raise ValueError(f"select: wanted {name} of {arrangement.index.shape[0]} places, got {x.shape[1]}")
-    with torch.autocast(arrangement.live.device.type, enabled=False):  # scores in 16 bits tie
+    with torch.autocast(arrangement.index.device.type, enabled=False):  # scores in 16 bits tie
         keep = selector.keep(arrangement, heads, q, k, scale)
-    keep = keep | required(arrangement, first_frame=first_frame)
     batch = keep.shape[0] if q is None else q.shape[0]
-    return BlockList.of(keep, arrangement.live, arrangement.block, arrangement.block).expand(batch, heads)
+    return lists_of(keep, required(arrangement, first_frame=first_frame), arrangement, batch, heads)
+
+
+def lists_of(
+    keep: Tensor, required: Tensor, arrangement: Arrangement, batch: int, heads: int, kv_len: Tensor | None = None
+) -> BlockList:
+    """Lists from a mask, with what is required; by a kernel on a GPU where Triton is installed, by torch elsewhere.
+
+    Args:
+        keep: bool [B or 1, H or 1, nq, nk]. required: bool [nq, nk].
+        kv_len: int32 [B]: key blocks of row b that begin at or beyond kv_len[b] are in no list.
+    """
+    queries, keys, gaps = arrangement.queries, arrangement.keys, arrangement.order == "tiles"
+    if keep.is_cuda and importlib.util.find_spec("triton"):
+        from videoattn.kernels import routing  # not before: importing this package does not import Triton
+
+        sizes = {"block_q": queries.size, "block_k": keys.size, "batch": batch, "heads": heads}
+        return routing.lists(keep, required, keys.live, **sizes, kv_len=kv_len, gaps=gaps)
+    keep = keep | required
+    if kv_len is not None:
+        begins = torch.arange(keys.count, device=keep.device) * keys.size
+        keep = keep & (begins < kv_len[:, None])[:, None, None]
+    return BlockList.of(keep, keys.live, queries.size, keys.size, gaps=gaps).expand(batch, heads)

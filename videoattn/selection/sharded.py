@@ -11,7 +11,7 @@ for it. Here v is therefore never more than the number of heads. Theirs is causa
 sequence. Here nothing is causal, positions are absolute (relative ones, their default without causality, give all heads
 the same blocks), and neighbours are so in the video: blocks whose boxes touch in frames, rows and columns.
 
-Letters: B batch, P places, H heads, Hkv key heads, D head_dim, n blocks.
+Letters: H heads, nq and nk blocks of queries and of keys.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ class Sharded:
         k: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """bool [1, H, n, n]; it looks at neither q nor k."""
-        n, video = arrangement.blocks, arrangement.video_blocks
-        device = arrangement.live.device
-        first, last = arrangement.boxes.unbind(-1)
-        apart = torch.maximum(first - last[:, None], first[:, None] - last)  # [n, n, 3], at most 0 where they overlap
+        """bool [1, H, nq, nk]; it looks at neither q nor k."""
+        queries, keys = arrangement.queries, arrangement.keys
+        device = arrangement.index.device
+        first_q, last_q = queries.boxes[:, None].unbind(-1)
+        first_k, last_k = keys.boxes.unbind(-1)
+        apart = torch.maximum(first_k - last_q, first_q - last_k)  # [nq, nk, 3], at most 0 where they overlap
         near = (apart <= torch.tensor(self.reach, device=device)).all(-1)
-        share = torch.arange(video, device=device) + torch.arange(heads, device=device)[:, None]
+        share = torch.arange(keys.video, device=device) + torch.arange(heads, device=device)[:, None]
         share = share % min(self.shards, heads) == 0
-        keep = torch.zeros(1, heads, n, n, dtype=torch.bool, device=device)
-        keep[0, :, :video, :video] = near | share[:, None]
+        keep = torch.zeros(1, heads, queries.count, keys.count, dtype=torch.bool, device=device)
+        keep[0, :, : queries.video, : keys.video] = near | share[:, None]
         return keep

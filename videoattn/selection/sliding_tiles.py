@@ -65,9 +65,9 @@ class SlidingTiles:
             raise ValueError(f"SlidingTiles: wanted tokens in the order 'tiles', got {arrangement.order!r}")
         if len(self.windows) not in (1, heads):
             raise ValueError(f"SlidingTiles.windows: wanted 1 or {heads}, one a head, got {len(self.windows)}")
-        n, video = arrangement.blocks, arrangement.video_blocks
+        n, video = arrangement.keys.count, arrangement.keys.video  # those of queries are the same
         masks = {window: _inside(arrangement, window) for window in set(self.windows)}
-        keep = torch.zeros(1, len(self.windows), n, n, dtype=torch.bool, device=arrangement.live.device)
+        keep = torch.zeros(1, len(self.windows), n, n, dtype=torch.bool, device=arrangement.index.device)
         for head, window in enumerate(self.windows):
             keep[0, head, :video, :video] = masks[window]
         return keep
@@ -79,14 +79,14 @@ def _is_window(window: object) -> bool:
 
 def _inside(arrangement: Arrangement, window: Window) -> Tensor:
     """Which video blocks lie in the window of which, bool [query blocks, key blocks]."""
-    grid = arrangement.tokens.grid
-    inside = torch.ones((), dtype=torch.bool, device=arrangement.boxes.device)
+    grid, boxes = arrangement.tokens.grid, arrangement.keys.boxes
+    inside = torch.ones((), dtype=torch.bool, device=boxes.device)
     for axis, size in enumerate((grid.frames, grid.height, grid.width)):
         step = arrangement.tile[axis]
         count = math.ceil(size / step)
         # The last tile may be cut, so that the rounded width of a window over the whole axis would miss it.
         width = count if window[axis] >= size else min(max((2 * window[axis] + step) // (2 * step), 1), count)
-        at = arrangement.boxes[:, axis, 0] // step
+        at = boxes[:, axis, 0] // step
         first = (at - width // 2).clamp(0, count - width)
         offset = at - first[:, None]
         inside = inside & (offset >= 0) & (offset < width)

@@ -36,17 +36,17 @@ def best(scores: Tensor, density: float) -> Tensor:
 
 
 def count(density: float, blocks: int) -> int:
-    """How many of the blocks make up the density, rounded up: ceil(density blocks), one at least.
+    """How many of the blocks make up the density, rounded up: ceil(density blocks), one at least where there are any.
 
     >>> count(0.07, 100), count(0.001, 100)
     (7, 1)
     """
     # 0.07 * 100 is 7.000000000000001: what only rounding added is no block.
-    return max(1, math.ceil(density * blocks * (1 - 1e-12)))
+    return min(blocks, max(1, math.ceil(density * blocks * (1 - 1e-12))))
 
 
 def video_only(keep: Tensor, blocks: int) -> Tensor:
-    """A mask of the video's key blocks, the first ones, as one of all blocks; text is not kept by it."""
+    """A mask of the video's key blocks, the first ones, as one of all key blocks; text is not kept by it."""
     return torch.nn.functional.pad(keep, (0, blocks - keep.shape[-1]))
 
 

@@ -12,9 +12,11 @@ inner size of S D: 1 / S of q k^T.
 w is the live share of a group. The paper has none, and its code lets padding into the softmax, as keys with score 0: of
 130 tokens, the 2 in the second block got half of the mass. Here a group that is empty has weight 0, -inf before the
 softmax, and one with r live places counts r / S: of queries without preference every block gets its share of the
-tokens. The places that are missing in such a group repeat its last token, in place of which nothing better is known.
+tokens. The places that are missing in such a group repeat its last token, in place of which nothing better is known;
+so do those beyond P.
 
-Letters: B batch, P places, H heads, Hkv key heads, G = H / Hkv, D head_dim, n blocks, S stride, T = P / S groups.
+Letters: B batch, P places, H heads, Hkv key heads, G = H / Hkv, D head_dim, nq and nk blocks of queries and of keys, S
+stride, T = P / S groups, rounded up.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from videoattn.selection.arrangement import ORDERS, Arrangement, Order
+from videoattn.selection.arrangement import ORDERS, Arrangement, Blocks, Order, block_sums
 from videoattn.selection.threshold import best, by_mass, check_share, video_only
 
 SCORES = 2**24
@@ -38,7 +40,7 @@ class XAttention:
     """XAttention's selection; by tau, text blocks are judged as any others.
 
     Args:
-        stride: places of a group; divides the block.
+        stride: places of a group; divides the blocks of queries and of keys.
         tau: share of the mass to keep, above 0, 1 at most; 0.9 where neither is given.
         density: instead, the share of the video's key blocks to keep, those with the greatest mass, rounded up.
         order: in which the tokens lie; as published, frame by frame.
@@ -74,65 +76,70 @@ class XAttention:
         k: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """bool [B, H, n, n]. By the kernel on a GPU where it takes the call, by torch elsewhere."""
+        """bool [B, H, nq, nk]. By the kernel on a GPU where it takes the call, by torch elsewhere."""
         if q is None or k is None:
             raise ValueError("XAttention: wanted q and k, got none")
-        mass = _estimator(q, k, arrangement, self.stride)(q, k, arrangement.live, stride=self.stride, scale=scale)
+        queries, keys = arrangement.queries, arrangement.keys
+        mass = _estimator(q, k, queries, keys, self.stride)(q, k, queries, keys, stride=self.stride, scale=scale)
         if self.density is None:
             return by_mass(mass, self.tau)
-        return video_only(best(mass[..., : arrangement.video_blocks], self.density), arrangement.blocks)
+        return video_only(best(mass[..., : keys.video], self.density), keys.count)
 
 
-def _estimator(q: Tensor, k: Tensor, arrangement: Arrangement, stride: int):
+def _estimator(q: Tensor, k: Tensor, queries: Blocks, keys: Blocks, stride: int):
     if q.is_cuda and importlib.util.find_spec("triton"):
         from videoattn.kernels import antidiagonal  # not before: importing this package does not import Triton
 
-        if antidiagonal.refuses(q, k, arrangement.live, stride) is None:
+        if antidiagonal.refuses(q, k, queries, keys, stride) is None:
             return antidiagonal.block_mass
     return block_mass
 
 
-def block_mass(q: Tensor, k: Tensor, live: Tensor, *, stride: int, scale: float | None = None) -> Tensor:
-    """mass_IJ, fp32 [B, H, n, n]; a row's sum is the number of its live queries over S.
+def block_mass(
+    q: Tensor, k: Tensor, queries: Blocks, keys: Blocks, *, stride: int, scale: float | None = None
+) -> Tensor:
+    """mass_IJ, fp32 [B, H, nq, nk]; a row's sum is the number of its live queries over S.
 
     In plain torch and fp32, a key head and some query blocks at a time: SCORES scores and their softmax are held, and
     the keys of one head in fp32, never T x T.
 
     Args:
-        q: [B, P, H, D]; k: [B, P, Hkv, D], in n blocks.
-        live: int32 [n], how many places of a block are taken, the first ones.
+        q: [B, P, H, D]; k: [B, P, Hkv, D]. queries, keys: their blocks.
         stride: S. scale: 1 / sqrt(D) by default.
+
+    Raises:
+        ValueError: a stride that does not divide the blocks.
     """
+    if queries.size % stride or keys.size % stride:
+        raise ValueError(
+            f"XAttention: wanted a stride that divides blocks of {queries.size} and {keys.size}, got {stride}"
+        )
     batch, places, heads, head_dim = q.shape
-    kv_heads, n = k.shape[2], live.shape[0]
-    block, group, groups = places // n, heads // kv_heads, places // stride
-    if block % stride:
-        raise ValueError(f"XAttention: wanted a stride that divides blocks of {block}, got {stride}")
+    kv_heads, groups = k.shape[2], -(-places // stride)
+    group, per_q, per_k = heads // kv_heads, queries.size // stride, keys.size // stride
     factor = (head_dim**-0.5 if scale is None else scale) / stride
-    per_block = block // stride
-    share = group_share(live, block, stride)
-    bias, empty = share.log(), share == 0
-    step = max(1, SCORES // (group * per_block * groups))
-    mass = torch.empty(batch, heads, n, n, dtype=torch.float32, device=q.device)
+    q_share, k_share = (group_share(blocks, stride)[:groups] for blocks in (queries, keys))
+    at = torch.arange(groups * stride, device=q.device).clamp(max=places - 1)
+    step = max(1, SCORES // (group * per_q * groups))
+    mass = torch.empty(batch, heads, queries.count, keys.count, dtype=torch.float32, device=q.device)
     for b in range(batch):
         for head in range(kv_heads):
             mine = slice(head * group, (head + 1) * group)
-            keys = k[b, :, head].float().reshape(groups, stride * head_dim).T
-            for first in range(0, n, step):
-                some = slice(first * block, (first + step) * block)
-                rows = slice(first * per_block, (first + step) * per_block)
+            of_keys = k[b, at, head].float().reshape(groups, stride * head_dim).T
+            for first in range(0, queries.count, step):
+                some = at[first * queries.size : (first + step) * queries.size]
+                share = q_share[first * per_q : (first + step) * per_q, None]
                 # Scaled before the sum over S D; the places of a group in reverse: [G, groups, S D].
-                queries = (q[b, some, mine].float() * factor).unflatten(0, (-1, stride)).flip(1)
-                queries = queries.permute(2, 0, 1, 3).flatten(2)
+                of_queries = (q[b, some, mine].float() * factor).unflatten(0, (-1, stride)).flip(1)
+                of_queries = of_queries.permute(2, 0, 1, 3).flatten(2)
                 # Filled, not only biased: inf - inf would be NaN.
-                scores = (queries @ keys).add_(bias).masked_fill_(empty, -torch.inf)
-                sums = scores.softmax(-1).unflatten(-1, (n, -1)).sum(-1) * share[rows, None]
-                sums = sums.masked_fill_(empty[rows, None], 0.0)
-                mass[b, mine, first : first + step] = sums.unflatten(1, (-1, per_block)).sum(2)
+                scores = (of_queries @ of_keys).add_(k_share.log()).masked_fill_(k_share == 0, -torch.inf)
+                sums = block_sums(scores.softmax(-1), per_k, -1).mul_(share).masked_fill_(share == 0, 0.0)
+                mass[b, mine, first : first + step] = block_sums(sums, per_q, 1)
     return mass
 
 
-def group_share(live: Tensor, block: int, stride: int) -> Tensor:
-    """The share of live places of each group of `stride`, fp32 [T]; live: int32 [n]."""
-    starts = torch.arange(0, block, stride, dtype=torch.int32, device=live.device)
-    return ((live[:, None] - starts).clamp(0, stride) / stride).flatten()
+def group_share(blocks: Blocks, stride: int) -> Tensor:
+    """The share of live places of each group of `stride`, fp32; those of the last block reach beyond T."""
+    starts = torch.arange(0, blocks.size, stride, dtype=torch.int32, device=blocks.live.device)
+    return ((blocks.live[:, None] - starts).clamp(0, stride) / stride).flatten()
