@@ -15,12 +15,14 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 import videoattn
 from videoattn.benchmarks import models, results, timing
+from videoattn.policy import PRESETS, Policy
 
 CASES = (
     ("wan-1.3b", (480, 832, 81)),
@@ -39,6 +41,11 @@ def twin(denoiser: nn.Module) -> nn.Module:
     """A second module tree on the very same parameters and buffers."""
     tensors = itertools.chain(denoiser.parameters(), denoiser.buffers())
     return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
+
+
+def a_step_of(preset: str) -> Policy:
+    """The policy of a preset at a step that is not one of the dense ones: a bare denoiser's steps are not known."""
+    return replace(PRESETS[preset], dense_steps=0.0, min_steps=0)
 
 
 def compile_in_place(denoiser: nn.Module) -> None:
@@ -80,7 +87,7 @@ def measure(
 ) -> tuple[timing.Comparison, dict[str, int], videoattn.reports.Report]:
     """Patched against unpatched, peak bytes of both (empty on a CPU), and the report of what was patched."""
     plain = models.denoiser(name, device=device, overrides=overrides)
-    fast = videoattn.enable_fast_attention(twin(plain), preset)
+    fast = videoattn.enable_fast_attention(twin(plain), a_step_of(preset))
     if compiled:
         compile_in_place(plain)
         compile_in_place(fast)

@@ -8,7 +8,7 @@ exact here, so that a kernel is off by that alone. (Zhang et al., arXiv:2411.109
 
 Letters: B batch, Nq/Nk queries and keys, H heads, Hkv key/value heads, D head_dim, W D rounded up to a multiple of 16.
 
-Refuses: masks, causal.
+Refuses: causal, and masks but those of lists of key blocks, which are bool.
 """
 
 from __future__ import annotations
@@ -142,15 +142,18 @@ def _emulate(
     nudge: float = 1.0,
     rounded_sum: bool = False,
     backwards: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Nq, H, D] and lse [B, H, Nq], fp64, of q and k as their integers stand for them, in units of log2.
 
     q [B, H, Nq, E], k [B, Hkv, Nk, E], v [B, Hkv, Nk, D]; p is multiplied by `nudge` before it is rounded to p_dtype.
+    mask: bool, broadcastable to [B, H, Nq, Nk], of four dimensions.
     """
     (b, h, nq, _), (h_kv, nk, d) = q.shape, v.shape[1:]
     out = q.new_zeros(b, h, nq, d)
     lse = q.new_zeros(b, h, nq)
     rows = max(1, SCORES // (b * block_n))
+    mask = None if mask is None else mask.expand(-1, h, nq, nk)
     offset = {E4M3: OFFSET, torch.int8: math.log2(LARGEST["int8"])}.get(p_dtype, 0.0)
     for head, first in ((head, first) for head in range(h) for first in range(0, nq, rows)):
         queries = q[:, head, first : first + rows]
@@ -160,6 +163,8 @@ def _emulate(
         for start in sorted(range(0, nk, block_n), reverse=backwards):
             tile = slice(start, min(start + block_n, nk))
             s = (queries @ keys[:, tile].transpose(1, 2)).masked_fill(~valid[:, None, tile], -torch.inf)
+            if mask is not None:
+                s = s.masked_fill(~mask[:, head, first : first + rows, tile], -torch.inf)
             m_new = torch.maximum(m, s.amax(-1))
             finite = m_new.masked_fill(m_new == -torch.inf, 0.0)
             shift = finite  # what p is measured from
@@ -189,6 +194,7 @@ def attend_quantised(
     nudge: float = 1.0,
     rounded_sum: bool = False,
     backwards: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a kernel makes of the operands, in fp64: out [B, Nq, H, D] and lse [B, H, Nq].
 
@@ -199,6 +205,7 @@ def attend_quantised(
             a kernel gives whose p is off by no more than e.
         rounded_sum: whether the sum of p is taken of what it is rounded to.
         backwards: whether the tiles are met from the last to the first: p is rounded by the maximum so far.
+        mask: bool, broadcastable to [B, H, Nq, Nk], of four dimensions: True where a query sees a key.
     """
     nk, device = x.k.shape[2], x.k.device
     group, _ = key_groups(nk, device)
@@ -211,7 +218,7 @@ def attend_quantised(
         tokens = torch.tensor(ORDER, device=device).argsort()  # where each token of 16 is stored
         v = x.v.double().unflatten(3, (-1, 16))[..., tokens].flatten(3)[:, :, :head_dim, :nk].transpose(2, 3)
         p_dtype = x.v.dtype
-    ways = {"block_n": block_n, "nudge": nudge, "rounded_sum": rounded_sum, "backwards": backwards}
+    ways = {"block_n": block_n, "nudge": nudge, "rounded_sum": rounded_sum, "backwards": backwards, "mask": mask}
     out, lse = _emulate(q, k, v, x.v_scale, valid, p_dtype=p_dtype, **ways)
     return out, lse if x.lse_shift is None else lse + x.lse_shift.double()
 
@@ -239,16 +246,16 @@ def attend(
         block_n: keys a tile.
 
     Raises:
-        ValueError: another precision, a mask, or causal attention.
+        ValueError: another precision, a mask that is not bool or with INT4, or causal attention.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: wanted one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if mask is not None or causal:
-        raise ValueError(f"{precision}: wanted neither a mask nor causal attention")
+    if causal or (mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or precision.startswith("int4"))):
+        raise ValueError(f"{precision}: wanted no causal attention, and no mask but bool [B, H, Nq, Nk] with INT8")
     pv, d = PRECISIONS[precision], q.shape[3]
     if not precision.startswith("int4"):
         x = quantise(q, k, v, pv=pv, scale=scale, kv_len=kv_len, return_lse=True)
-        return attend_quantised(x, head_dim=d, dtype=q.dtype, kv_len=kv_len, block_n=block_n)
+        return attend_quantised(x, head_dim=d, dtype=q.dtype, kv_len=kv_len, block_n=block_n, mask=mask)
 
     valid, rows = _valid(kv_len, k), torch.arange(q.shape[1], device=q.device)
     q2, k2, shift = _prepared(q, k, scale, valid, smooth_k)

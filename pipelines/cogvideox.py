@@ -23,13 +23,15 @@ class CogVideoXProcessor(FastProcessor):
         if self.run is None or attention_mask is not None:  # no CogVideoX pipeline passes a mask
             return self.host(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
-        text_len = encoder_hidden_states.shape[1]
-        x = torch.cat((encoder_hidden_states, hidden_states), dim=1)
-        stream = Stream(
-            attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k, image_rotary_emb, slice(text_len, None)
-        )
+        text_len, video_len = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        if self.run.sparse:  # whose blocks are the video's first, then text's
+            x, video, text = (hidden_states, encoder_hidden_states), slice(video_len), slice(video_len, None)
+        else:
+            x, video, text = (encoder_hidden_states, hidden_states), slice(text_len, None), slice(text_len)
+        x = torch.cat(x, dim=1)
+        stream = Stream(attn.to_q(x), attn.to_k(x), attn.to_v(x), attn.norm_q, attn.norm_k, image_rotary_emb, video)
         out = project_out(attn, self.attend(attn.heads, stream))
-        return out[:, text_len:], out[:, :text_len]
+        return out[:, video], out[:, text]
 
 
 def grid(model, inputs) -> Grid:

@@ -129,9 +129,21 @@ def test_what_it_does_not_compute():
     q, k, v = make_qkv(1, 4, 4, 1, 16)
     with pytest.raises(ValueError, match="precision: wanted one of int8_qk_fp8_pv, .*, got 'exact'"):
         emulated.attend(q, k, v, precision="exact")
-    for given in ({"causal": True}, {"mask": torch.ones(4, 4, dtype=torch.bool)}):
-        with pytest.raises(ValueError, match="int8_qk_fp8_pv: wanted neither a mask nor causal attention"):
+    for given in ({"causal": True}, {"mask": torch.ones(4, 4, dtype=torch.bool)}, {"mask": torch.zeros(1, 1, 4, 4)}):
+        with pytest.raises(ValueError, match="int8_qk_fp8_pv: wanted no causal attention, and no mask but bool"):
             emulated.attend(q, k, v, precision="int8_qk_fp8_pv", **given)
+
+
+@pytest.mark.parametrize("pv", ["fp8", "16bit", "int8"])
+def test_a_mask_is_as_if_the_other_keys_were_not_there(pv):
+    q, k, v = make_qkv(2, 40, 200, 2, 64)
+    x = emulated.quantise(q, k, v, pv=pv, return_lse=True)
+    lengths = torch.tensor([70, 130], dtype=torch.int32)
+    sizes = {"head_dim": 64, "dtype": torch.bfloat16}
+    expected = emulated.attend_quantised(x, **sizes, kv_len=lengths)
+    mask = (torch.arange(200) < lengths[:, None])[:, None, None]
+    for a, b in zip(emulated.attend_quantised(x, **sizes, mask=mask), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_smoothing_in_the_order_of_the_papers_table():

@@ -11,14 +11,17 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from videoattn import measured
 from videoattn.call import Call
-from videoattn.policy import EXACT, Decision, acceptable
+from videoattn.policy import EXACT, Decision, Dense, Sparse, acceptable
 from videoattn.prologue import Prologue, Stream
+
+if TYPE_CHECKING:
+    from videoattn.selection.kept import Kept
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | None], Tensor]
 """(q, k, v, mask, kv_len, scale) -> out; q, k, v, out in the call's layout, out contiguous as [B, N, H, D]."""
@@ -26,13 +29,14 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | No
 RunStreams = Callable[[Sequence[Stream], Tensor | None], Tensor]
 """(streams, kv_len) -> out [B, Nq, H, D], contiguous; empties the streams."""
 
-MODULES = ("videoattn.kernels.sdpa",)
+MODULES = ("videoattn.kernels.sdpa", "videoattn.kernels.masked")
 TRITON_MODULES = (
     "videoattn.kernels.temporal",
     "videoattn.kernels.flash",
     "videoattn.kernels.flash_hopper",
     "videoattn.kernels.quantised",
     "videoattn.kernels.quantised_hopper",
+    "videoattn.kernels.sparse",
 )
 """Imported where Triton is installed, which has no build for macOS."""
 
@@ -61,6 +65,19 @@ class StreamsBackend(Backend, Protocol):
 
     def plan_streams(self, call: Call, decision: Decision, prologue: Prologue, flag: Tensor | None) -> RunStreams:
         """As `plan`, for streams that make such a call and that `kernels/prepare.py` does not refuse."""
+
+
+class ListsBackend(Backend, Protocol):
+    """A backend that leaves key blocks out."""
+
+    dense: Backend
+    """Whose kernel it is; it computes the same with all blocks."""
+
+    def expected_density(self, call: Call, decision: Sparse) -> float:
+        """The share of the keys that a query attends to, as far as it can be told beforehand."""
+
+    def keeping(self, kept: Kept) -> ListsBackend:
+        """The same backend for plans whose lists `kept` looks after."""
 
 
 class UnsupportedCall(ValueError):
@@ -101,13 +118,17 @@ def select(
     """The backend for a call.
 
     A named backend is obeyed or refuses with UnsupportedCall. It is for the decisions that it computes: where a policy
-    leaves calls exact, one that quantises does not come in, and they are chosen for as with "auto".
+    leaves calls exact, one that quantises does not come in, and they are chosen for as with "auto"; where it keeps all key
+    blocks, the dense kernel of one that leaves some out takes its place.
 
     With "auto" `measured.choose` decides among those that accept: kernels of the decision, and of what is more exact where
     that is as fast. A decision that nobody here can compute falls back so too, never to one that errs more; `why` says so.
     `failed` says why a backend that accepts is not to be used all the same, None where it is.
     """
     named = next((backend for backend in backends() if backend.name == name), None)
+    if hasattr(named, "dense") and isinstance(decision, Dense):
+        named = named.dense  # whose kernel it is, where all blocks are kept
+        name = named.name
     if named is not None and decision == EXACT and not named.computes(EXACT):
         name, named = "auto", None
     refusals: list[tuple[str, str]] = []
@@ -129,8 +150,13 @@ def select(
         best, why = name, "named by the caller"
     else:
         exact = tuple(each for each, (_, computed) in accepted.items() if computed == EXACT)
-        others = tuple(each for each in accepted if each not in exact)
-        best, why = measured.choose(call, exact, others)
+        sparse = {
+            each: (backend.dense.name, backend.expected_density(call, computed))
+            for each, (backend, computed) in accepted.items()
+            if isinstance(computed, Sparse)
+        }
+        others = tuple(each for each in accepted if each not in exact and each not in sparse)
+        best, why = measured.choose(call, exact, others, sparse)
     backend, computed = accepted[best]
     if computed != decision:
         reason = "" if named is not None else _why_not(call, decision, accepted, refusals)

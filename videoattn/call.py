@@ -9,9 +9,12 @@ Letters used in the package: B batch, N tokens, H heads, D head_dim; Nq and Nk w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+
+if TYPE_CHECKING:
+    from videoattn.selection.arrangement import Order, Tokens
 
 Kind = Literal["spatial", "temporal", "full", "cross", "joint", "text", "audio"]
 """What attends to what.
@@ -95,6 +98,8 @@ class Call:
         mask: form of the mask tensor that comes with the call.
         has_kv_len: whether prefix lengths int32 [B] come with the call: row b attends to its first kv_len[b] keys.
         causal: whether query i sees keys 0..i only.
+        tokens: what the sequence consists of, for what leaves key blocks out; None for all else, and where it is not known.
+        order: in which the video's tokens lie.
     """
 
     kind: Kind
@@ -110,6 +115,8 @@ class Call:
     mask: Mask = "none"
     has_kv_len: bool = False
     causal: bool = False
+    tokens: Tokens | None = None
+    order: Order = "raster"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

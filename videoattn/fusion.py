@@ -23,7 +23,7 @@ from videoattn import guard
 from videoattn.backend import Backend, RunStreams
 from videoattn.call import Call
 from videoattn.kernels import reference
-from videoattn.policy import Decision
+from videoattn.policy import Decision, Dense, Sparse
 from videoattn.prologue import Prologue, Stream
 from videoattn.testing import excess
 from videoattn.verify import FACTOR
@@ -63,6 +63,8 @@ def fault(
 
     While a CUDA graph is captured it is not found out, and the plan that is made then does without the pass.
     """
+    if isinstance(decision, Sparse):  # what stands before it is what stands before dense attention
+        backend, decision, call = backend.dense, Dense(decision.precision), replace(call, tokens=None, order="raster")
     key = (backend.name, decision, prologue, call.heads, call.head_dim, call.dtype, call.device, *map(kind, streams))
     if key not in _found:
         if guard.capturing(call.device):

@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -27,7 +28,10 @@ from videoattn.call import Call, Mask
 TORCH = "sdpa"  # the backend that is torch's own choice, as diffusers makes it
 GAIN = 1.02  # what a backend must have gained over it to be taken: two runs of one kernel differ by less
 BORROWED_GAIN = 1.5  # the same, where the times are those of another architecture
+EFFICIENCY = 0.9  # of a kernel along lists: dense time times density over its own
+SELECTION = 0.06  # share of the dense time that selecting and what does not shrink with density take
 BOUNDED_GAIN = 1.05  # what quantised attention must gain over the best exact one: it costs quality too
+Sparse = Mapping[str, tuple[str, float]]
 TABLES = Path(__file__).parent / "tables"
 
 # Octaves between two calls: how much a factor of two in each size counts. With these, each row of sm_90.json looked up
@@ -154,8 +158,10 @@ class Source:
     path: Path
     borrowed: str = ""
 
-    def choose(self, call: Call, names: Sequence[str], bounded: Sequence[str], default: str) -> tuple[str, str] | None:
-        """The one of `names` or of `bounded` to take for a call, and why; None where nothing near it was measured."""
+    def choose(
+        self, call: Call, names: Sequence[str], bounded: Sequence[str], sparse: Sparse, default: str
+    ) -> tuple[str, str] | None:
+        """The one of all these to take for a call, and why; None where nothing near it was measured."""
         gains = self.table.gains(call, default)
         if not gains:
             return None
@@ -170,6 +176,14 @@ class Source:
         what = "none is faster" if best == default else f"{gains[best]:.2f}x of {_label(default)}"
         if bounded and not there:
             what += ", none that quantises was measured (videoattn calibrate --update)"
+        expected = {
+            name: gain / (SELECTION + density / EFFICIENCY)
+            for name, (dense, density) in sparse.items()
+            if (gain := self.table.gains(call, default, (dense,)).get(dense)) is not None
+        }
+        fastest = max(expected, key=expected.__getitem__, default=None)
+        if fastest is not None and expected[fastest] >= margin * gains.get(best, 1.0):
+            best, what = fastest, f"{expected[fastest]:.2f}x of {_label(default)} expected, by dense attention"
         if not self.borrowed:
             return best, f"measured {what}"
         what = "none is much faster" if best == default else what
@@ -183,14 +197,20 @@ class Evidence:
     sources: tuple[Source, ...]
     note: str = ""
 
-    def choose(self, call: Call, names: Sequence[str], bounded: Sequence[str] = ()) -> tuple[str, str]:
+    def choose(
+        self, call: Call, names: Sequence[str], bounded: Sequence[str] = (), sparse: Sparse = MappingProxyType({})
+    ) -> tuple[str, str]:
         """The one to take for a call, and why. What was not measured stays with torch's own choice.
 
-        names: of exact backends, bounded: of those that quantise, which must gain more to be taken.
+        Args:
+            names: of exact backends.
+            bounded: of those that quantise, which must gain more to be taken.
+            sparse: of those that leave key blocks out -> (the backend of the same kernel with all blocks, the share of the
+                keys that is left); what they are expected to take must be as much less.
         """
         default = _default(names)
         for source in self.sources:
-            choice = source.choose(call, names, bounded, default)
+            choice = source.choose(call, names, bounded, sparse, default)
             if choice is not None:
                 return choice
         return default, f"not measured: {_label(default)}"
@@ -210,13 +230,15 @@ def card(device: torch.device) -> Card | None:
     return Card(gpu=torch.cuda.get_device_name(device), architecture=f"sm_{major}{minor}")
 
 
-def choose(call: Call, names: Sequence[str], bounded: Sequence[str] = ()) -> tuple[str, str]:
+def choose(
+    call: Call, names: Sequence[str], bounded: Sequence[str] = (), sparse: Sparse = MappingProxyType({})
+) -> tuple[str, str]:
     """The backend to take for a call, by what was measured, and why in a few words.
 
-    names: of exact backends, at least one; bounded: of those that quantise.
+    names: of exact backends, at least one; bounded, sparse: see `Evidence.choose`.
     """
     found = card(call.device)
-    return (_default(names), "") if found is None else evidence(found).choose(call, names, bounded)
+    return (_default(names), "") if found is None else evidence(found).choose(call, names, bounded, sparse)
 
 
 def note(device: torch.device) -> str:

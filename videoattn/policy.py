@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from videoattn.call import KINDS, Kind, Site, Step
+from videoattn.selection.pooled import Pooled
 from videoattn.selection.selector import Selector, label, selector_of
 
 try:
@@ -54,20 +55,32 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """Every query block attends to the key blocks that `selector` keeps: one of videoattn/selection, or its name."""
+    """Every query block attends to the key blocks that a selector keeps.
+
+    Args:
+        selector: one of videoattn/selection, or its name.
+        precision: of the two matrix products.
+        first_frame: whether the key blocks of the first frame alone are kept by all.
+        keep_steps: how many steps in a row a selection serves, its own included.
+    """
 
     selector: Selector | str = "pooled"
     precision: Precision = "exact"
+    first_frame: bool = True
+    keep_steps: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.selector, str):
             object.__setattr__(self, "selector", selector_of(self.selector))
         if isinstance(self.selector, type) or not hasattr(self.selector, "keep"):
             raise TypeError(f"Sparse.selector: wanted a selector or its name, got {self.selector!r}")
+        if not isinstance(self.keep_steps, int) or self.keep_steps < 1:
+            raise ValueError(f"Sparse.keep_steps: wanted 1 or more, got {self.keep_steps!r}")
         _one_of("precision", self.precision, get_args(Precision))
 
     def __str__(self) -> str:
-        return f"sparse[{label(self.selector)}] {self.precision}"
+        kept = f", kept {self.keep_steps} steps" if self.keep_steps > 1 else ""
+        return f"sparse[{label(self.selector)}{kept}] {self.precision}"
 
 
 Decision = Dense | Sparse
@@ -169,13 +182,15 @@ class Policy:
         if precision is not None:
             return Dense(precision)
         if isinstance(self.decision, Sparse) and (
-            not self._sparse_at(step) or any(fnmatchcase(site.name, pattern) for pattern in self.dense_layers)
+            not self.sparse_at(step) or any(fnmatchcase(site.name, pattern) for pattern in self.dense_layers)
         ):
             return Dense(self.decision.precision)
         return self.decision
 
-    def _sparse_at(self, step: Step) -> bool:
+    def sparse_at(self, step: Step) -> bool:
         """Whether a step may be sparse, whatever the site."""
+        if not isinstance(self.decision, Sparse):
+            return False
         if (self.dense_steps or self.min_steps) and not step.total:
             return False
         if step.total < self.min_steps or step.index < self.dense_steps * step.total * (1 - 1e-12):
@@ -194,7 +209,7 @@ class Policy:
     def phase(self, step: Step) -> Hashable:
         """Equal for steps at which every site decides alike, so that decisions are made once a phase."""
         part = None if self.tuned is None else self.tuned.range_of(step)
-        return (part, self._sparse_at(step)) if isinstance(self.decision, Sparse) else part
+        return (part, self.sparse_at(step)) if isinstance(self.decision, Sparse) else part
 
     @classmethod
     def load(cls, path: Path | str) -> Policy:
@@ -226,5 +241,11 @@ class Policy:
 PRESETS = {
     "exact": Policy(name="exact"),
     "balanced": Policy(name="balanced", decision=Dense("int8_qk_fp8_pv")),
-    "fast": Policy(name="fast", decision=Sparse("pooled", "int8_qk_fp8_pv")),
+    "fast": Policy(
+        name="fast",
+        decision=Sparse(Pooled(density=0.35), "int8_qk_fp8_pv"),
+        dense_steps=0.2,
+        min_steps=10,
+        min_tokens=8192,
+    ),
 }

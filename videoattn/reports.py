@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from videoattn import measured
@@ -122,7 +122,20 @@ def _shares(plans: Iterable[Plan]) -> dict[str, float]:
 
 def _notes(session: Session) -> list[str]:
     marks = [f"generation {session.clock.generation} is marked: {mark}" for mark in session.marks]
-    return [session.bypass, *marks] if session.bypass else marks
+    return [*([session.bypass] if session.bypass else []), *marks, *_sparse(session)]
+
+
+def _sparse(session: Session) -> Iterator[str]:
+    """What lists of key blocks hold; waits for the device."""
+    for kept in session.kept:
+        if kept.density is None:
+            continue
+        line = f"{kept.density:.1%} of the key blocks kept, mean of {kept.selections} selections"
+        if kept.missed is not None:
+            line += f"; kept on for {kept.steps} steps, lists lack {kept.missed:.1%} of what a new selection keeps"
+        if session.in_place:
+            line += f"; tokens change order in every layer: {session.in_place}"
+        yield line
 
 
 def _rows(session: Session, patch: Patch) -> list[SiteRow]:

@@ -25,9 +25,11 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 
 from videoattn import fusion, guard
 from videoattn.backend import Choice, Run, RunStreams, select
-from videoattn.call import Call, Kind, Layout
-from videoattn.policy import EXACT, Decision
+from videoattn.call import Call, Grid, Kind, Layout, Step
+from videoattn.policy import EXACT, Decision, Sparse
 from videoattn.prologue import Prologue, Stream
+from videoattn.selection.arrangement import Order, Tokens
+from videoattn.selection.kept import Kept
 from videoattn.verify import select_verified
 
 
@@ -83,12 +85,23 @@ class Runner:
         self.decision = decision
         self.backend = backend
         self.plans: dict[tuple, Plan] = {}
+        self.sparse = isinstance(decision, Sparse)
+        self.kept = Kept(decision.keep_steps) if self.sparse else None
+        self._grid: Grid | None = None
+        self._order: Order = "raster"
         self.planning_seconds = 0.0
         self.key = _key(kind, decision, backend)
         self.serve()
 
     def __reduce__(self):  # a copy makes its own plans
         return Runner, (self.kind, self.decision, self.backend)
+
+    def begin(self, step: Step, order: Order) -> None:
+        """A forward of the denoiser is about to run, whose video tokens lie in `order`. Only what is sparse goes by it."""
+        self.serve()
+        if self.sparse:
+            self.kept.begin(step)
+            self._grid, self._order = step.grid, order
 
     def serve(self) -> None:
         """Take the calls of compiled graphs and of `entry` from now on; whoever shares the key computes the same."""
@@ -134,6 +147,8 @@ class Runner:
             mask if mask is None else mask.dtype,
             kv_len is None,
             causal,
+            self._grid,
+            self._order,
         )
         plan = self.plans.get(key)
         if plan is None:
@@ -167,7 +182,8 @@ class Runner:
         ):
             return self(*prologue(heads, *streams), None, kv_len)
         shapes = ((stream.q.shape, stream.k.shape, *fusion.kind(stream)) for stream in streams)
-        key = (prologue, heads, *shapes, streams[0].q.dtype, streams[0].q.device, kv_len is None)
+        first = streams[0].q
+        key = (prologue, heads, *shapes, first.dtype, first.device, kv_len is None, self._grid, self._order)
         plan = self.plans.get(key)
         if plan is None:
             plan = self._new_plan(key, self._plan_streams, prologue, heads, streams, kv_len)
@@ -208,11 +224,13 @@ class Runner:
             mask="none" if mask is None else "bool" if mask.dtype == torch.bool else "additive",
             has_kv_len=kv_len is not None,
             causal=causal,
+            tokens=self._tokens(q.shape[n]),
+            order=self._order,
         )
         if 0 in (call.batch, call.q_len, call.kv_len):  # a row without a key is 0; no kernel sees an empty product
             choice = select(call, self.decision, self.backend)
             return Plan(call, choice, lambda q, k, v, mask, kv_len, scale: torch.zeros_like(q))
-        choice = select_verified(call, self.decision, self.backend)
+        choice = self._choose(call)
         flag = guard.flag() if choice.backend.own else None
         return Plan(call, choice, choice.backend.plan(call, choice.decision, flag), flag)
 
@@ -231,8 +249,10 @@ class Runner:
             dtype=first.q.dtype,
             device=first.q.device,
             has_kv_len=kv_len is not None,
+            tokens=self._tokens(sum(stream.q.shape[1] for stream in streams)),
+            order=self._order,
         )
-        choice = select_verified(call, self.decision, self.backend)
+        choice = self._choose(call)
         flag = guard.flag() if choice.backend.own else None
         planned = choice.backend, call, choice.decision, prologue
         reason = fusion.fault(*planned, streams)
@@ -242,6 +262,18 @@ class Runner:
             choice = replace(choice, why="; ".join(part for part in (why, choice.why) if part))
             return Plan(call, choice, fusion.unfused(*planned, flag), flag, prologue=prologue)
         return Plan(call, choice, fusion.plan(*planned, flag), flag, prologue=prologue, fused=True)
+
+    def _tokens(self, count: int) -> Tokens | None:
+        """What a sequence of self-attention consists of: the video, then text; None where that is not known."""
+        if self._grid is None or count < self._grid.tokens:
+            return None
+        return Tokens(grid=self._grid, after=count - self._grid.tokens)
+
+    def _choose(self, call: Call) -> Choice:
+        choice = select_verified(call, self.decision, self.backend)
+        if isinstance(choice.decision, Sparse):
+            return replace(choice, backend=choice.backend.keeping(self.kept))
+        return choice
 
     def replace_flagged(self) -> list[str]:
         """Take torch's exact attention where an output of ours was not finite; a line on each such plan.

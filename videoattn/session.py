@@ -21,8 +21,11 @@ from videoattn.clock import Clock
 from videoattn.pipelines import rebind
 from videoattn.pipelines.adapter import Adapter, set_processor
 from videoattn.pipelines.processor import FastProcessor
-from videoattn.policy import EXACT, Decision, Policy
+from videoattn.pipelines.token_order import TokenOrder, refuses
+from videoattn.policy import EXACT, Decision, Dense, Policy, Sparse
 from videoattn.runner import Plan, Runner
+from videoattn.selection.arrangement import Order, Tokens, arrange
+from videoattn.selection.kept import Kept
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +64,8 @@ class Session:
         self.step = Step()  # of the forward that runs, or ran last
         self.clock = Clock()
         self.marks: list[str] = []  # what in this generation was not finite
+        self.in_place = ""  # why the video's tokens stay in raster order though a selector wants another, if they do
+        self._token_order: TokenOrder | None = None
         self._phase: tuple | None = None  # what the processors are bound for
         self._pipe = _PipeReference(pipe)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -84,6 +89,11 @@ class Session:
     def planning_seconds(self) -> float:
         """Of every plan so far: the choice, the check of kernels of our own, and their compilation."""
         return sum(runner.planning_seconds for runner in self._runners.values())
+
+    @property
+    def kept(self) -> list[Kept]:
+        """The lists of what is sparse."""
+        return [runner.kept for runner in self._runners.values() if runner.kept is not None]
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_kv_lens": []}  # a copy's masks are other objects
@@ -139,7 +149,10 @@ class Session:
                 dtype=weight.dtype,
                 device=weight.device,
             )
-            reason = backend.refuses(call, stand_in(backend, decision))
+            computed = stand_in(backend, decision)
+            if isinstance(computed, Sparse):  # of which blocks is found out when it runs
+                backend, computed = backend.dense, Dense(computed.precision)
+            reason = backend.refuses(call, computed)
             if reason is not None:
                 raise ValueError(f"backend {self.backend!r} refuses {self.model_name} {patch.site.name}: {reason}")
 
@@ -148,10 +161,15 @@ class Session:
             if patch.ours is not None:
                 set_processor(patch.attn, patch.ours)
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        if self.adapter.seams is not None and self._wanted_order() != "raster":
+            self._token_order = TokenOrder(model, self.adapter.seams)  # behind our own hook, which tells it the order
 
     def detach(self) -> None:
         """Put the host's processors back: the very same objects, or what the user has set since."""
         self._handle.remove()
+        if self._token_order is not None:
+            self._token_order.remove()
+            self._token_order = None
         for patch in self.patches:
             if patch.ours is not None:
                 patch.ours.bind(None)  # should the host keep it (fuse_qkv does), it does nothing of its own
@@ -172,6 +190,7 @@ class Session:
             self.marks.clear()
             if pipe is not None:
                 self._follow_modules(model)
+            self._follow_order(model)
         kv_len = self._kv_len(model, inputs, grid)
         self.bypass = _needs_grad(model, inputs)
         phase = (self.bypass, self.policy.phase(step))
@@ -187,8 +206,9 @@ class Session:
             if followed or ours.switched or phase != self._phase or ours.run is None:
                 self._bind(patch, step)
         self._phase = phase
+        order = self._lay_out(model, inputs, step)
         for runner in self._runners.values():
-            runner.serve()
+            runner.begin(step, order)
 
     def look(self, generation: int, *, wait: bool) -> None:
         """See whether outputs of our kernels were finite: if not, other kernels take over, and the generation is marked.
@@ -222,6 +242,48 @@ class Session:
         sites = list(self.adapter.sites(model))
         if known.keys() != {attn for attn, _ in sites}:
             self.patches = [known.get(attn) or self._patch(attn, site, _host(attn)) for attn, site in sites]
+
+    def _wanted_order(self) -> Order:
+        """In which order a selector wants the tokens, if one does and it can be had outside the layers."""
+        decision = self.policy.decision
+        order = decision.selector.order if isinstance(decision, Sparse) else "raster"
+        return "raster" if order == "tiles" else order  # tiles leave places empty, which tokens cannot be outside
+
+    def _follow_order(self, model: nn.Module) -> None:
+        """Once a generation: whether tokens may take another order, and where."""
+        self.in_place = ""
+        if self._wanted_order() == "raster":
+            return
+        if self._token_order is None:
+            self.in_place = f"{self.adapter.name}: no place known outside the layers"
+            return
+        self.in_place = refuses(model) or ""
+        self._token_order.follow(model)
+
+    def _lay_out(self, model: nn.Module, inputs: dict, step: Step) -> Order:
+        """Have the tokens of the forward that begins take the order that a selector wants; returns how they lie."""
+        if self._token_order is None:
+            return "raster"
+        order = self._wanted_order()
+        reason = self.in_place
+        if not reason and self._sparse(inputs, step):
+            reason = self.adapter.seams.refuses(model, inputs) or ""
+            if not reason:
+                arrangement = arrange(Tokens(grid=step.grid), order, _device(inputs), block_q=128, block_k=128)
+                self._token_order.set(arrangement.index, arrangement.places)
+                return order
+            self.in_place = reason
+        self._token_order.set(None, None)
+        return "raster"
+
+    def _sparse(self, inputs: dict, step: Step) -> bool:
+        """Whether the forward that begins may leave key blocks out, as far as is known."""
+        if self.bypass or step.grid is None or not self.policy.sparse_at(step):
+            return False
+        if self.backend == "auto" and _device(inputs).type != "cuda":
+            return False
+        plans = [plan for plan in self.plans if plan.call.tokens is not None and plan.call.tokens.grid == step.grid]
+        return not plans or any(isinstance(plan.choice.decision, Sparse) for plan in plans)
 
     def _follow(self, patch: Patch, processor: object) -> Patch:
         """The host or the user has swapped the processor since: fused projections, an IP-Adapter."""
@@ -290,6 +352,11 @@ def session_of(model: nn.Module) -> Session | None:
 def _host(attn: nn.Module) -> object:
     """The processor that is there, or the one that ours stands in for: enabling twice does not stack."""
     return attn.processor.host if isinstance(attn.processor, FastProcessor) else attn.processor
+
+
+def _device(inputs: dict) -> torch.device:
+    """Of the video's tokens."""
+    return inputs["hidden_states"].device
 
 
 def _version(tensor: Tensor | None) -> int:

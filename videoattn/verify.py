@@ -23,9 +23,11 @@ from torch import Tensor
 
 from videoattn import guard
 from videoattn.backend import Backend, Choice, select
-from videoattn.call import Call
+from videoattn.call import Call, Grid
 from videoattn.kernels import quantised_reference, reference
-from videoattn.policy import EXACT, Decision, Dense, Precision
+from videoattn.policy import EXACT, Decision, Dense, Precision, Sparse
+from videoattn.selection.arrangement import Tokens
+from videoattn.selection.random import Random
 from videoattn.testing import excess, plain_attention
 
 
@@ -45,6 +47,7 @@ PLAIN: dict[Decision, Callable[..., Tensor]] = {
 ROWS = 256
 KEYS = 2**16  # over the batch, to which short calls are repeated
 SCORES = 2**22  # that the oracle makes at a time: 32 MiB a tensor
+VIDEO, TEXT = Grid(frames=3, height=10, width=19), 40  # several blocks, and no whole number of them
 FACTOR = 4.0  # twice what tests of a kernel allow: a chance in the rounding is no fault
 
 _found: dict[tuple, str | None] = {}
@@ -71,7 +74,8 @@ def select_verified(call: Call, decision: Decision, name: str = "auto") -> Choic
 
 def fault(backend: Backend, call: Call, decision: Decision) -> str | None:
     """What is wrong with a backend on calls of this class, None where it is right; found out once a process."""
-    key = (backend.name, decision, _shape_class(call), call.dtype, call.device)
+    of = (decision.precision, decision.selector.order) if isinstance(decision, Sparse) else decision
+    key = (backend.name, of, _shape_class(call), call.dtype, call.device)
     if key not in _found:
         if guard.capturing(call.device):
             return "its check cannot run while a CUDA graph is captured"
@@ -82,6 +86,7 @@ def fault(backend: Backend, call: Call, decision: Decision) -> str | None:
 def _shape_class(call: Call) -> tuple:
     lengths = ((n.bit_length(), n % 64 == 0) for n in (call.q_len, call.kv_len))
     return (
+        call.order,
         call.layout,
         call.mask,
         call.has_kv_len,
@@ -94,6 +99,8 @@ def _shape_class(call: Call) -> tuple:
 
 @torch.no_grad()
 def _check(backend: Backend, call: Call, decision: Decision) -> str | None:
+    if isinstance(decision, Sparse):
+        return _check_lists(backend, call, decision)
     call = _part(call)
     generator = torch.Generator(call.device).manual_seed(0)  # nobody's random numbers change
     run = backend.plan(call, decision, guard.flag())
@@ -107,6 +114,38 @@ def _check(backend: Backend, call: Call, decision: Decision) -> str | None:
                 out = run(*(x.transpose(1, 2).contiguous() for x in qkv), mask, kv_len, None).transpose(1, 2)
             exact = _by_rows(lambda *qkv, **options: reference.attend(*qkv, **options)[0], *qkv, **options)
             wrong = excess(out, exact, _by_rows(PLAIN[decision], *qkv, **options), factor=FACTOR)
+            if wrong is not None:
+                return f"{wrong}, on {kind}"
+    return None
+
+
+def _check_lists(backend: Backend, call: Call, decision: Sparse) -> str | None:
+    """The same for a kernel that walks along lists: on a small video, and random lists, which any selector may give."""
+    text = min(call.tokens.after + call.tokens.before, TEXT)
+    tokens = Tokens(grid=VIDEO, after=text)
+    call = replace(
+        call,
+        batch=1,
+        q_len=tokens.count,
+        kv_len=tokens.count,
+        heads=call.heads // call.kv_heads,
+        kv_heads=1,
+        tokens=tokens,
+    )
+    decision = replace(decision, selector=Random(density=0.5, order=decision.selector.order))
+    generator = torch.Generator(call.device).manual_seed(0)  # nobody's random numbers change
+    kv_len = _kv_len(call)
+    mask = backend.token_mask(call, decision, kv_len)
+    run = backend.plan(call, decision, guard.flag())
+    with torch.autocast(call.device.type, enabled=False):
+        for kind, *qkv in _inputs(call, generator):
+            if call.layout == "BNHD":
+                out = run(*qkv, None, kv_len, None)
+            else:
+                out = run(*(x.transpose(1, 2).contiguous() for x in qkv), None, kv_len, None).transpose(1, 2)
+            exact, _ = reference.attend(*qkv, mask=mask, kv_len=kv_len)
+            plain = PLAIN[Dense(decision.precision)](*qkv, mask=mask, kv_len=kv_len)
+            wrong = excess(out, exact, plain, factor=FACTOR)
             if wrong is not None:
                 return f"{wrong}, on {kind}"
     return None
