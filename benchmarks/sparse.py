@@ -3,6 +3,8 @@
 efficiency  time of the dense kernel x density / time along lists of that density; random lists, which are the worst to L2
 selection   time of a selector alone, from quantised operands to lists, over that of dense cuDNN attention
 attention   quantisation, selection and kernel against dense cuDNN attention, as a plan runs them
+presets     what "fast" runs on the self-attention rows of shapes.toml, against what "balanced" runs; also where these are
+            shorter than what a video needs for "fast" to leave anything out
 
 Tokens lie in the selector's order, as a denoiser's do (pipelines/token_order.py). Figures go to sparse.csv.
 
@@ -18,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from videoattn import guard
 from videoattn.backend import backends
 from videoattn.benchmarks import attention, find_shapes, results, timing
 from videoattn.call import Call, Grid
@@ -31,6 +34,7 @@ from videoattn.selection.pooled import Pooled
 from videoattn.selection.radial import Radial
 from videoattn.selection.selector import Selector
 from videoattn.selection.xattention import XAttention
+from videoattn.verify import select_verified
 
 CASES = {  # batch, heads, grid, head_dim
     "wan-1.3b 480p": (1, 12, Grid(frames=21, height=30, width=52), 128),
@@ -47,6 +51,7 @@ SELECTORS: dict[str, Selector] = {
 }
 TOLERANCES = {"exact": 1e-2, "fp8": 0.08, "16bit": 0.04}  # relative L2 on random lists of few keys
 ROWS = 64
+TEXT_TOKENS = {"wan": 0, "ltx": 0, "hunyuan": 256, "hunyuan15": 1985, "cogvideox": 226}  # of families with known grids
 
 
 def problem_of(case: str, device: torch.device) -> attention.Problem:
@@ -187,12 +192,12 @@ def whole(case: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     problem = problem_of(case, device)
     cudnn = problem.planned(next(each for each in backends() if each.name == "sdpa_cudnn"))
     selectors = {"pooled": SELECTORS["pooled"], "xattention s16": SELECTORS["xattention s16"], "radial": Radial()}
-    candidates, kept = {}, {}
+    candidates, density = {}, {}
     for name, selector in selectors.items():
         call = call_of(case, device, selector)
         backend, decision = plan_of(call, selector)
         run = backend.plan(call, decision)
-        kept[name] = backend.kept
+        density[name] = backend.expected_density(call, decision)
         candidates[name] = lambda q, k, v, mask, kv_len, run=run: run(q, k, v, None, None, None)
     compared = timing.compare(
         cudnn,
@@ -206,10 +211,40 @@ def whole(case: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     for name in candidates:
         yield {
             "case": case,
-            "metric": f"attention {name} {DENSITY}",
+            "metric": f"attention {name} {density[name]:.2f}",
             "value": compared[name].ratio,
             "unit": "cuDNN/ours",
         }
+
+
+def presets(device: torch.device, seconds: float) -> Iterator[tuple[str, str, timing.Comparison | None]]:
+    """(case, what "fast" computes, its comparison with "balanced", None where both run the same)."""
+    fast, balanced = (PRESETS[name].decision for name in ("fast", "balanced"))
+    for case, shape in attention.rows():
+        family = case.split()[0].split("-")[0]
+        if shape.kind not in ("full", "joint") or family not in TEXT_TOKENS:
+            continue
+        problem = attention.Problem(shape, device)
+        video = shape.q_len - TEXT_TOKENS[family]
+        tokens = Tokens(grid=Grid(frames=1, height=1, width=video), after=shape.q_len - video)
+        sparse = replace(problem.call(), tokens=tokens, order=fast.selector.order)
+        choice, dense = select_verified(sparse, fast), select_verified(problem.call(), balanced)
+        if choice.backend is dense.backend:
+            yield case, str(choice.decision), None
+            continue
+        run = choice.backend.plan(sparse, choice.decision, guard.flag())
+        compared = timing.compare(
+            problem.planned(dense.backend, dense.decision),
+            {"fast": lambda q, k, v, mask, kv_len, run=run: run(q, k, v, None, kv_len, None)},
+            problem.inputs,
+            lambda inputs, out, baseline: float(not out.isfinite().all()),
+            device=device,
+            seconds=seconds,
+            min_rounds=3,
+        )
+        yield case, str(choice.decision), compared["fast"]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 PARTS = {"efficiency": efficiency, "selection": selection, "attention": whole}
@@ -220,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     results.add_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="a pair of kernels")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--part", choices=PARTS, help="one of them (default: all)")
+    parser.add_argument("--part", choices=(*PARTS, "presets"), help="one of them (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     env, device = results.environment(args.commit), torch.device(args.device)
@@ -241,6 +276,25 @@ def main(argv: list[str] | None = None) -> int:
                 wrong.append(f"{case} {part}: {error}")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    if args.part in (None, "presets"):
+        for case, computed, result in presets(device, args.seconds):
+            print(f"{case:32s} {computed:40s} {result or 'the same call'}", flush=True)
+            verdict = timing.NOT_SHOWN if result is None else result.verdict
+            figures = [
+                {
+                    "case": case,
+                    "metric": "fast/balanced",
+                    "value": 1.0 if result is None else result.ratio,
+                    "unit": computed,
+                },
+                {
+                    "case": case,
+                    "metric": "fast slower than balanced",
+                    "value": int(verdict == timing.SLOWER),
+                    "unit": verdict,
+                },
+            ]
+            results.append_figures("sparse", figures, env, args.results)
     print("\n".join(f"FAILED {line}" for line in wrong))
     return 1 if wrong else 0
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from videoattn.backend import RunStreams
 from videoattn.call import Call
-from videoattn.kernels import routing
+from videoattn.kernels import antidiagonal, routing
 from videoattn.kernels.operands import Quantised
 from videoattn.kernels.prepare import prepare
 from videoattn.kernels.quantise import quantise, quantise_streams
@@ -23,6 +23,7 @@ from videoattn.prologue import Prologue, Stream
 from videoattn.selection.block_list import BlockList
 from videoattn.selection.pooled import Pooled, block_scores
 from videoattn.selection.threshold import count
+from videoattn.selection.xattention import XAttention
 
 
 class QuantisedSparseBackend(SparseBackend):
@@ -72,12 +73,18 @@ def select(selection: Selection, x: Quantised, call: Call, kv_len: Tensor | None
     selector, arrangement = selection.decision.selector, selection.arrangement
     if not selector.dynamic:
         return selection.select(kv_len)
-    if not isinstance(selector, Pooled):
-        return selection.select(kv_len, *unquantised(x, call.head_dim, call.dtype), LN2)
     queries, keys = arrangement.queries, arrangement.keys
-    q_means, k_means = block_means(x, call.head_dim, queries.size, keys.size)
-    scores = block_scores(q_means, k_means[:, : keys.video], LN2)
-    rule = {"rule": "above", "tau": selector.tau}
+    if isinstance(selector, Pooled):
+        q_means, k_means = block_means(x, call.head_dim, queries.size, keys.size)
+        scores = block_scores(q_means, k_means[:, : keys.video], LN2)
+        rule = {"rule": "above", "tau": selector.tau}
+    elif isinstance(selector, XAttention):
+        scores = antidiagonal.block_mass_quantised(x, call.head_dim, queries, keys, stride=selector.stride)
+        if selector.density is None:
+            return selection.listed(selector.keep_by_mass(arrangement, scores), kv_len)
+        scores = scores[..., : keys.video]
+    else:
+        return selection.select(kv_len, *unquantised(x, call.head_dim, call.dtype), LN2)
     if selector.density is not None:
         rule = {"rule": "best", "count": count(selector.density, keys.video)}
     sizes = {"block_q": queries.size, "block_k": keys.size, "batch": call.batch, "heads": call.heads}

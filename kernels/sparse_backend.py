@@ -4,7 +4,8 @@
     -> the dense kernel, along the lists -> tokens in their own order
 
 Where the denoiser's tokens lie in the selector's order already (pipelines/token_order.py), nothing is moved. Selectors see
-what the kernel sees: q and k after norm and rotation, quantised where it quantises.
+what the kernel sees: q and k after norm and rotation, quantised where it quantises. Lengths cut text alone, which comes
+behind the video in any order.
 """
 
 from __future__ import annotations
@@ -176,7 +177,10 @@ class Selection:
 
     def select(self, kv_len: Tensor | None, *seen: Tensor | float | None) -> BlockList:
         """New lists. seen: q [B, P, H, D] and k [B, P, Hkv, D] arranged, and scale; of a selector that looks at them."""
-        keep = self.decision.selector.keep(self.arrangement, self.heads, *seen)
+        return self.listed(self.decision.selector.keep(self.arrangement, self.heads, *seen), kv_len)
+
+    def listed(self, keep: Tensor, kv_len: Tensor | None) -> BlockList:
+        """Lists from a selector's mask, bool [B or 1, H or 1, nq, nk]."""
         return lists_of(keep, self.required, self.arrangement, self.batch, self.heads, kv_len)
 
 

@@ -134,7 +134,9 @@ def _check_lists(backend: Backend, call: Call, decision: Sparse) -> str | None:
     )
     decision = replace(decision, selector=Random(density=0.5, order=decision.selector.order))
     generator = torch.Generator(call.device).manual_seed(0)  # nobody's random numbers change
-    kv_len = _kv_len(call)
+    kv_len = None
+    if call.has_kv_len:  # half of the text, which alone may be cut
+        kv_len = torch.full((1,), tokens.count - text // 2, dtype=torch.int32, device=call.device)
     mask = backend.token_mask(call, decision, kv_len)
     run = backend.plan(call, decision, guard.flag())
     with torch.autocast(call.device.type, enabled=False):

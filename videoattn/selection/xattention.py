@@ -81,8 +81,13 @@ class XAttention:
             raise ValueError("XAttention: wanted q and k, got none")
         queries, keys = arrangement.queries, arrangement.keys
         mass = _estimator(q, k, queries, keys, self.stride)(q, k, queries, keys, stride=self.stride, scale=scale)
+        return self.keep_by_mass(arrangement, mass)
+
+    def keep_by_mass(self, arrangement: Arrangement, mass: Tensor) -> Tensor:
+        """The same mask from masses, fp32 [B, H, nq, nk]."""
         if self.density is None:
             return by_mass(mass, self.tau)
+        keys = arrangement.keys
         return video_only(best(mass[..., : keys.video], self.density), keys.count)
 
 
