@@ -177,7 +177,9 @@ class Selection:
 
     def select(self, kv_len: Tensor | None, *seen: Tensor | float | None) -> BlockList:
         """New lists. seen: q [B, P, H, D] and k [B, P, Hkv, D] arranged, and scale; of a selector that looks at them."""
-        return self.listed(self.decision.selector.keep(self.arrangement, self.heads, *seen), kv_len)
+        selector = self.decision.selector
+        keep = selector.keep(self.arrangement, self.heads, *(seen if selector.dynamic else ()))
+        return self.listed(keep, kv_len)
 
     def listed(self, keep: Tensor, kv_len: Tensor | None) -> BlockList:
         """Lists from a selector's mask, bool [B or 1, H or 1, nq, nk]."""

@@ -5,6 +5,9 @@ import torch
 from tiny_pipelines import build, denoisers, run
 
 import videoattn
+from videoattn.kernels import masked
+from videoattn.policy import Policy, Sparse
+from videoattn.selection.pooled import Pooled
 from videoattn.session import session_of
 
 # Blocks that a user compiles where the host names no `_repeated_blocks`.
@@ -159,6 +162,25 @@ def test_a_whole_model_may_be_compiled(name, how):
     videoattn.disable(pipe)
     assert session_of(model) is None
     assert torch.equal(run(name, pipe), run(name, build(name)))
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox_rope", "ltx"])
+def test_dense_and_sparse_steps_cost_a_set_of_graphs_each(name, monkeypatch):
+    """Nothing is selected inside a graph: lists, the order of tokens and a new generation need no new one."""
+    monkeypatch.setattr(masked.BACKENDS[0], "blocks", lambda call, gaps: (8, 8))
+    policy = Policy(name="sparse", decision=Sparse(Pooled(density=0.4), keep_steps=2), dense_steps=0.5)
+    plain = videoattn.enable_fast_attention(build(name), policy, backend="sdpa_masked")
+    expected = run(name, plain, steps=6)
+    pipe, host = compiled(name, order="host alone")
+    run(name, pipe, steps=6)
+    torch._dynamo.reset()
+    pipe, graphs = videoattn.enable_fast_attention(build(name), policy, backend="sdpa_masked"), Graphs()
+    compile_blocks(pipe, graphs)
+    for _ in range(2):
+        assert torch.equal(run(name, pipe, steps=6), expected)
+    assert 0 < graphs.count <= 2 * host.count
+    shares = videoattn.report(pipe).shares
+    assert shares[str(policy.decision)] == shares["exact"] == 0.5
 
 
 def test_aot_autograd_takes_the_operator():
