@@ -226,7 +226,7 @@ def presets(device: torch.device, seconds: float) -> Iterator[tuple[str, str, ti
             continue
         problem = attention.Problem(shape, device)
         video = shape.q_len - TEXT_TOKENS[family]
-        tokens = Tokens(grid=Grid(frames=1, height=1, width=video), after=shape.q_len - video)
+        tokens = Tokens(grid=Grid(frames=video, height=1, width=1), after=shape.q_len - video)
         sparse = replace(problem.call(), tokens=tokens, order=fast.selector.order)
         choice, dense = select_verified(sparse, fast), select_verified(problem.call(), balanced)
         if choice.backend is dense.backend:

@@ -35,6 +35,7 @@ KEYS = tl.constexpr(operands.KEYS)
 SCORES = 2**27  # at a time: 256 MiB
 MOST_GROUPS = 2**15  # of a row, with those that fill blocks up
 ELEMENTS = 4096  # of a tile that is regrouped
+PITCH = 64  # groups and scores of a row are padded to a multiple: the library is slow on rows that are not aligned
 
 
 @triton.jit(do_not_specialize=["places", "groups", "heads", "sb", "sn", "sh"])
@@ -44,8 +45,8 @@ def _regroup(
     places, groups, heads, sb, sn, sh,
     D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, OF: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, T S, D] of x [B, P, H, D]: of q each group in reverse. OF: "q" or "k", or either with "8" behind it, whose
-    rows have scales."""
+    """out [B, H, groups S, D] of x [B, P, H, D]: of q each group in reverse. OF: "q" or "k", or either with "8" behind it,
+    whose rows have scales."""
     tiles = tl.cdiv(groups * S, ROWS)
     head_of_batch, start = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * ROWS
     b, h = head_of_batch // heads, head_of_batch % heads
@@ -74,13 +75,13 @@ def _share(live, block, slot, there, S: tl.constexpr):
     return tl.minimum(tl.maximum(places, 0), S).to(tl.float32) * (1.0 / S)
 
 
-@triton.jit(do_not_specialize=["groups", "q_blocks", "k_blocks"])
+@triton.jit(do_not_specialize=["groups", "pitch", "q_blocks", "k_blocks"])
 def _block_sums(
     scores, q_live, k_live, mass,
-    groups, q_blocks, k_blocks,
+    groups, pitch, q_blocks, k_blocks,
     S: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, CK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """mass [heads, nq, nk] of scores [heads, T, T], which are in units of log2."""
+    """mass [heads, nq, nk] of scores [heads, pitch, pitch], of which T x T count, in units of log2."""
     head, i = (tl.program_id(0) // q_blocks).to(tl.int64), tl.program_id(0) % q_blocks
     block, slot = tl.arange(0, BLOCKS)[:, None], tl.arange(0, CK)[None, :]
     group = block * RK + slot
@@ -90,7 +91,7 @@ def _block_sums(
     for r in range(RQ):
         row = i * RQ + r
         weight = _share(q_live, i, r, row < groups, S)
-        s = tl.load(scores + (head * groups + row) * groups + group, there & (row < groups), 0.0).to(tl.float32)
+        s = tl.load(scores + (head * pitch + row) * pitch + group, there & (row < groups), 0.0).to(tl.float32)
         s = tl.where(share > 0, s, float("-inf"))
         p = share * tl.exp2(s - tl.max(s))
         p = tl.where(share > 0, p, 0.0)  # chosen, not multiplied by 0: what an empty place holds may be anything
@@ -122,43 +123,53 @@ def _regroup_plan(shape: torch.Size, strides: tuple[int, ...], stride: int, of: 
     """Looked up, of one device: what is compiled is loaded there."""
     b, places, h, d = shape
     padded = triton.next_power_of_2(d)
-    rows, groups = ELEMENTS // padded, triton.cdiv(places, stride)
+    rows, groups = ELEMENTS // padded, _padded(places, stride)
     constants = {"D": d, "DP": padded, "S": stride, "ROWS": rows, "OF": of, "num_warps": 4}
     return Launch(b * h * triton.cdiv(groups * stride, rows), (places, groups, h, *strides), constants)
 
 
 @functools.lru_cache(maxsize=1024)
 def _sums_plan(
-    heads: int, groups: int, blocks: tuple[int, int], per_block: tuple[int, int], stride: int, device: torch.device
+    heads: int,
+    groups: int,
+    pitch: int,
+    blocks: tuple[int, int],
+    per_block: tuple[int, int],
+    stride: int,
+    device: torch.device,
 ) -> Launch:
     rows, slots = triton.next_power_of_2(blocks[1]), triton.next_power_of_2(per_block[1])
     constants = {"S": stride, "RQ": per_block[0], "RK": per_block[1], "CK": slots, "BLOCKS": rows}
     return Launch(
-        heads * blocks[0], (groups, *blocks), {**constants, "num_warps": max(4, min(16, rows * slots // 512))}
+        heads * blocks[0], (groups, pitch, *blocks), {**constants, "num_warps": max(4, min(16, rows * slots // 512))}
     )
 
 
+def _padded(places: int, stride: int) -> int:
+    """T up to a multiple of PITCH."""
+    return triton.cdiv(triton.cdiv(places, stride), PITCH) * PITCH
+
+
 def _regrouped(x: Tensor, scales: Tensor | None, stride: int, of: str, factor: float) -> Tensor:
-    """bf16 [B, H, T, S D] of x [B, P, H, D], any strides but the last."""
+    """bf16 [B, H, T padded, S D] of x [B, P, H, D], any strides but the last."""
     b, places, h, d = x.shape
-    groups = triton.cdiv(places, stride)
-    out = torch.empty((b, h, groups, stride * d), dtype=torch.bfloat16, device=x.device)
+    out = torch.empty((b, h, _padded(places, stride), stride * d), dtype=torch.bfloat16, device=x.device)
     _regroup_plan(x.shape, x.stride()[:3], stride, of, x.device)(_regroup, (x, scales, out), factor)
     return out
 
 
-def _mass(q: Tensor, k: Tensor, queries: Blocks, keys: Blocks, stride: int) -> Tensor:
-    """From groups of q [B, H, T, S D], and of k [B, Hkv, T, S D]."""
-    (b, h, groups, _), kv_heads = q.shape, k.shape[1]
+def _mass(q: Tensor, k: Tensor, places: int, queries: Blocks, keys: Blocks, stride: int) -> Tensor:
+    """From groups of q [B, H, T padded, S D], and of k [B, Hkv, T padded, S D]."""
+    (b, h, pitch, _), kv_heads, groups = q.shape, k.shape[1], triton.cdiv(places, stride)
     blocks, per_block = (queries.count, keys.count), (queries.size // stride, keys.size // stride)
     mass = torch.empty((b, h, *blocks), dtype=torch.float32, device=q.device)
     q, k = q.view(b * kv_heads, -1, q.shape[3]), k.flatten(0, 1).transpose(1, 2)
     of_heads = mass.view(b * kv_heads, -1, *blocks)
-    step = max(1, SCORES // (q.shape[1] * groups))
+    step = max(1, SCORES // (q.shape[1] * pitch))
     for first in range(0, len(q), step):
         some = slice(first, first + step)
         scores = torch.bmm(q[some], k[some])
-        plan = _sums_plan(scores.shape[0] * h // kv_heads, groups, blocks, per_block, stride, q.device)
+        plan = _sums_plan(scores.shape[0] * h // kv_heads, groups, pitch, blocks, per_block, stride, q.device)
         plan(_block_sums, (scores, queries.live, keys.live, of_heads[some]))
     return mass
 
@@ -182,7 +193,7 @@ def block_mass(
     with on_device_of(q):
         of_q = _regrouped(unit_stride(q), None, stride, "q", factor)
         of_k = _regrouped(unit_stride(k), None, stride, "k", 1.0)
-        return _mass(of_q, of_k, queries, keys, stride)
+        return _mass(of_q, of_k, q.shape[1], queries, keys, stride)
 
 
 def block_mass_quantised(x: Quantised, head_dim: int, queries: Blocks, keys: Blocks, *, stride: int) -> Tensor:
@@ -198,4 +209,4 @@ def block_mass_quantised(x: Quantised, head_dim: int, queries: Blocks, keys: Blo
     with on_device_of(x.q):
         of_q = _regrouped(q8, x.q_scale, stride, "q8", 1.0 / stride)
         of_k = _regrouped(k8, x.k_scale, stride, "k8", 1.0)
-        return _mass(of_q, of_k, queries, keys, stride)
+        return _mass(of_q, of_k, x.q.shape[2], queries, keys, stride)

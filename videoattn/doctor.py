@@ -8,19 +8,22 @@ import importlib.util
 import platform
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from packaging.requirements import Requirement
 
 from videoattn import guard, measured
-from videoattn.backend import backends
-from videoattn.call import Call
+from videoattn.backend import Backend, backends
+from videoattn.call import Call, Grid
 from videoattn.kernels import reference
+from videoattn.policy import Precision, Sparse
+from videoattn.selection.arrangement import Tokens
+from videoattn.selection.random import Random
 from videoattn.testing import excess, make_qkv
-from videoattn.verify import PLAIN
+from videoattn.verify import PLAIN, fault
 
 State = Literal["ok", "note", "broken"]
 _COLOUR = {"ok": "green", "note": "yellow", "broken": "red"}
@@ -193,7 +196,10 @@ def _attention() -> Iterator[Check]:
         for kind, tokens in (("full", 256), ("temporal", 16))
     ]
     for backend in backends():
-        decision = next(decision for decision in PLAIN if backend.computes(decision))
+        decision = next((decision for decision in PLAIN if backend.computes(decision)), None)
+        if decision is None:
+            yield _lists(backend, calls[0])
+            continue
         refusals = [backend.refuses(call, decision) for call in calls]
         if None not in refusals:
             yield Check(name=backend.name, found="refuses", state="note", why=refusals[0])
@@ -210,3 +216,19 @@ def _attention() -> Iterator[Check]:
             continue
         dtype_name = str(dtype).removeprefix("torch.")
         yield Check(name=backend.name, found=f"works: {call.q_len} tokens, {dtype_name} on {device}")
+
+
+def _lists(backend: Backend, call: Call) -> Check:
+    """A backend that leaves key blocks out, on random lists."""
+    call = replace(call, tokens=Tokens(grid=Grid(frames=1, height=16, width=call.q_len // 16)))
+    decisions = (Sparse(Random(density=0.5), precision) for precision in get_args(Precision))
+    decision = next(decision for decision in decisions if backend.computes(decision))
+    reason = backend.refuses(call, decision)
+    if reason is not None:
+        return Check(name=backend.name, found="refuses", state="note", why=reason)
+    wrong = fault(backend, call, decision)
+    if wrong is not None:
+        return Check(name=backend.name, found="fails", state="broken", why=wrong)
+    return Check(
+        name=backend.name, found=f"works: lists of key blocks, {call.dtype} on {call.device}".replace("torch.", "")
+    )
