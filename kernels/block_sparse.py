@@ -10,15 +10,17 @@ as if all keys of a block had the mean score. n_j goes into the exponent, as log
 fit into 16 bits where sums of 128 values may not.
 
 Blocks of keys may be filled in part. Their empty places are read, without harm as long as they hold finite numbers, so
-that loads need no compare and do not wait for a count; scores are masked, in such blocks alone.
+that loads need no compare and do not wait for a count; scores are masked, in such blocks alone. The keys may end within
+their last block: the tile that would reach beyond them is read from as far in front as it takes to end with them, and what
+lies in front of the block is masked like an empty place.
 
 The next index is read one tile ahead: the loads of a tile begin without waiting for it. Programs of one head follow one
 another, and each reads any of its keys, so that these stay in L2. Counts of tokens and blocks are run-time integers.
 
-Letters: B batch, P places, H heads, Hkv key heads, D head_dim, nq and nk blocks of queries and of keys; M queries and N
-keys a tile, G means.
+Letters: B batch, Pq/Pk places of queries and of keys, H heads, Hkv key heads, D head_dim, nq and nk blocks of queries and
+of keys; M queries and N keys a tile, G means.
 
-Refuses: blocks of other than 64 or 128 places, head_dim other than 16 to 256 in steps of 8.
+Refuses: blocks of other than 64, 128 or 192 queries and 64 or 128 keys, head_dim other than 16 to 256 in steps of 8.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,25 +47,30 @@ from videoattn.kernels.triton_backend import (
 )
 from videoattn.selection.block_list import BlockList
 
-BLOCKS = (64, 128)
+BLOCKS_Q = (64, 128, 192)
+BLOCKS_K = (64, 128)
 POOL_ROWS = 32  # tokens at a time
 Kind = tuple[torch.Size, torch.dtype, torch.device]
+Lists = tuple[Kind, Kind, Kind, Kind, int, int]  # counts, indices, keep, live; places of a block of queries and of keys
 
 
 @functools.cache
 def config(head_dim: int, itemsize: int, capability: int, block_q: int, block_k: int) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages: those of flash.py where they fit into blocks, and nothing spills."""
     m, n, warps, stages = flash.config(head_dim, itemsize, capability, masked=False).values()
-    rows = min(m, block_q)
+    datacenter = capability // 10 in (9, 10)
+    rows = m if block_q % m == 0 else 64
     n = min(n, block_k, rows)  # 64 x 128 on four warps spills
-    widest = 160 if capability // 10 in (9, 10) else 96
-    group = min(n, 32 if head_dim <= widest else 16)  # more takes registers that the walk along the list needs
-    return {"M": rows, "N": n, "G": group, "num_warps": max(4, warps * rows // m), "num_stages": stages}
+    group = 32 if datacenter and head_dim <= 160 else 16  # more takes registers that the walk along the list needs
+    settings = {"M": rows, "N": n, "G": min(n, group), "num_warps": max(4, warps * rows // m), "num_stages": stages}
+    if rows < m and not datacenter:
+        settings["maxnreg"] = 255  # the assembler would rather spill and fit three blocks on a processor
+    return settings
 
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
 @triton.jit(do_not_specialize=[
-    "q_len", "blocks", "heads", "kv_group",
+    "q_len", "kv_len", "heads", "kv_group",
     *(f"{x}_s{axis}" for x in ("q", "k", "v", "o", "means") for axis in "bnh"),
     *(f"counts_s{axis}" for axis in "bhq"), *(f"{x}_s{axis}" for x in ("indices", "keep") for axis in "bhqk"),
 ])  # fmt: skip
@@ -72,7 +80,7 @@ def _forward(
     keep, k_means, v_means,  # of the pooled remainder, or None
     lse, flag,  # or None
     qk_scale,  # scale * log2(e)
-    q_len, blocks, heads, kv_group,  # kv_group: query heads a key head
+    q_len, kv_len, heads, kv_group,  # kv_group: query heads a key head
     q_sb, q_sn, q_sh,
     k_sb, k_sn, k_sh,
     v_sb, v_sn, v_sh,
@@ -85,7 +93,7 @@ def _forward(
     M: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tiles = q_len // M
+    tiles = tl.cdiv(q_len, M)
     pid = tl.program_id(0)
     head_of_batch = pid // tiles  # heads outermost: all queries of a head before the next
     first = (pid % tiles) * M
@@ -93,25 +101,25 @@ def _forward(
     h = (head_of_batch % heads).to(tl.int64)
     i = (first // BLOCK_Q).to(tl.int64)
     h_kv = h // kv_group
-    queries = first + tl.arange(0, M)
-    all_there = tl.full([M, 1], True, tl.int1)
-    keys_there = tl.full([N, 1], True, tl.int1)
+    queries = tl.arange(0, M)  # of the tile
+    here = queries < q_len - first
 
     q += tl.multiple_of(b * q_sb, ALIGN) + tl.multiple_of(h * q_sh, ALIGN)
+    q += tl.multiple_of(first.to(tl.int64) * q_sn, ALIGN)
     k += tl.multiple_of(b * k_sb, ALIGN) + tl.multiple_of(h_kv * k_sh, ALIGN)
     v += tl.multiple_of(b * v_sb, ALIGN) + tl.multiple_of(h_kv * v_sh, ALIGN)
-    out += tl.multiple_of(b * o_sb, ALIGN) + tl.multiple_of(h * o_sh, ALIGN)
-    q_rows = tl.multiple_of(queries.to(tl.int64) * q_sn, ALIGN)[:, None]
-    o_rows = tl.multiple_of(queries.to(tl.int64) * o_sn, ALIGN)[:, None]
+    q_rows = tl.multiple_of(queries * q_sn, ALIGN)[:, None]
     k_rows = tl.multiple_of(tl.arange(0, N) * k_sn, ALIGN)[:, None]
     v_rows = tl.multiple_of(tl.arange(0, N) * v_sn, ALIGN)[:, None]
+    all_there = tl.full([N, 1], True, tl.int1)
 
-    q0, q1 = load_head(q, q_rows, all_there, D, D0, D1)
+    q0, q1 = load_head(q, q_rows, here[:, None], D, D0, D1)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc0 = tl.zeros([M, D0], tl.float32)
     acc1 = tl.zeros([M, D1], tl.float32) if D1 else acc0
 
+    blocks = tl.cdiv(kv_len, BLOCK_K)
     TILES: tl.constexpr = BLOCK_K // N  # of a block of keys
     indices += b * indices_sb + h * indices_sh + i * indices_sq
     end = tl.load(counts + b * counts_sb + h * counts_sh + i * counts_sq) * TILES
@@ -120,13 +128,16 @@ def _forward(
         start = block * BLOCK_K + t % TILES * N
         limit = block * BLOCK_K + tl.load(live + block)
         block = tl.load(indices + indices_sk.to(tl.int64) * ((t + 1) // TILES), t + 1 < end, 0)
-        k0, k1 = load_head(k + k_sn.to(tl.int64) * start, k_rows, keys_there, D, D0, D1)
+        begin = tl.minimum(start, kv_len - N)  # of what is read
+        k0, k1 = load_head(k + tl.multiple_of(k_sn.to(tl.int64) * begin, ALIGN), k_rows, all_there, D, D0, D1)
         s = scores(q0, q1, k0, k1, D1, PRECISION)
         if limit < start + N:
-            s = tl.where((start + tl.arange(0, N) < limit)[None, :], s, float("-inf"))
+            keys = begin + tl.arange(0, N)
+            s = tl.where(((keys >= start) & (keys < limit))[None, :], s, float("-inf"))
         acc0, acc1, m, l = accumulate(
-            acc0, acc1, m, l, s, qk_scale, v, start, v_rows, v_sn, keys_there, D, D0, D1, True, PRECISION
-        )
+            acc0, acc1, m, l, s, qk_scale, v + tl.multiple_of(v_sn.to(tl.int64) * begin, ALIGN), 0, v_rows, v_sn,
+            all_there, D, D0, D1, True, PRECISION,
+        )  # fmt: skip
 
     m *= qk_scale
     if keep is not None:
@@ -145,19 +156,22 @@ def _forward(
                 acc0, acc1, m, l, s, 1.0, v_means, start, rows, means_sn, there[:, None], D, D0, D1, True, PRECISION
             )
 
+    out += tl.multiple_of(b * o_sb, ALIGN) + tl.multiple_of(h * o_sh, ALIGN)
+    out += tl.multiple_of(first.to(tl.int64) * o_sn, ALIGN)
+    o_rows = tl.multiple_of(queries * o_sn, ALIGN)[:, None]
     inverse = (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]
     x = acc0 * inverse
     bad = not_finite(x)
-    store_part(out, o_rows, all_there, x.to(out.dtype.element_ty), 0, D)
+    store_part(out, o_rows, here[:, None], x.to(out.dtype.element_ty), 0, D)
     if D1:
         x = acc1 * inverse
         bad = bad | not_finite(x)
-        store_part(out, o_rows, all_there, x.to(out.dtype.element_ty), D0, D)
+        store_part(out, o_rows, here[:, None], x.to(out.dtype.element_ty), D0, D)
     if flag is not None:
         tl.store(flag, 1, mask=bad)  # a plain store: the flag may lie in host memory
-    if lse is not None:  # [B, H, P]
+    if lse is not None:  # [B, H, Pq]
         value = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
-        tl.store(lse + head_of_batch.to(tl.int64) * q_len + queries, value)
+        tl.store(lse + head_of_batch.to(tl.int64) * q_len + first + queries, value, here)
 
 
 @triton.jit
@@ -179,21 +193,22 @@ def _mean(x, x_sn, means, at, tokens, D: tl.constexpr, D0: tl.constexpr, D1: tl.
         store_part(means, at, tokens >= 0, tl.sum(total1, 0).to(means.dtype.element_ty), D0, D)
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", *(f"{x}_s{axis}" for x in "kv" for axis in "bnh")])
+@triton.jit(do_not_specialize=["kv_len", "heads", *(f"{x}_s{axis}" for x in "kv" for axis in "bnh")])
 def _pool(
     k, v, live,
     k_means, v_means,  # [B, nk, Hkv, D]
-    blocks, heads,
+    kv_len, heads,
     k_sb, k_sn, k_sh,
     v_sb, v_sn, v_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_K: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)  # heads innermost, as they lie in a projection
+    blocks = tl.cdiv(kv_len, BLOCK_K)
     h = pid % heads
     j = pid // heads % blocks
     b = pid // heads // blocks
-    tokens = tl.load(live + j)
+    tokens = tl.minimum(tl.load(live + j), kv_len - j.to(tl.int32) * BLOCK_K)
     k += tl.multiple_of(b * k_sb, ALIGN) + tl.multiple_of(j * BLOCK_K * k_sn, ALIGN) + tl.multiple_of(h * k_sh, ALIGN)
     v += tl.multiple_of(b * v_sb, ALIGN) + tl.multiple_of(j * BLOCK_K * v_sn, ALIGN) + tl.multiple_of(h * v_sh, ALIGN)
     _mean(k, k_sn, k_means, pid * D, tokens, D, D0, D1, R, ALIGN)
@@ -203,7 +218,7 @@ def _pool(
 @functools.lru_cache(maxsize=1024)
 def _plan(
     shape: torch.Size,
-    blocks: int,
+    kv_len: int,
     kv_heads: int,
     strides: tuple[int, ...],
     list_strides: tuple[int, ...],
@@ -214,7 +229,7 @@ def _plan(
     block_k: int,
 ) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
-    b, p, h, d = shape
+    b, nq, h, d = shape
     settings = config(d, dtype.itemsize, capability_of(device), block_q, block_k)
     d0, d1 = parts(d)
     constants = {
@@ -227,9 +242,9 @@ def _plan(
         "PRECISION": precision(dtype),
         **settings,
     }
-    means = blocks * kv_heads * d, kv_heads * d, d
-    numbers = (p, blocks, h, h // kv_heads, *strides, *means, *list_strides)
-    return Launch(p // settings["M"] * b * h, numbers, constants)
+    means = -(-kv_len // block_k) * kv_heads * d, kv_heads * d, d
+    numbers = (nq, kv_len, h, h // kv_heads, *strides, *means, *list_strides)
+    return Launch(-(-nq // settings["M"]) * b * h, numbers, constants)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -240,67 +255,89 @@ def _pool_plan(
     d0, d1 = parts(d)
     align = alignment(*strides) if aligned else 1
     constants = {"D": d, "D0": d0, "D1": d1, "BLOCK_K": block_k, "R": POOL_ROWS, "ALIGN": align, "num_warps": 4}
-    return Launch(b * h * (p // block_k), (p // block_k, h, *strides), constants)
+    return Launch(b * h * -(-p // block_k), (p, h, *strides), constants)
+
+
+def kind_of(x: Tensor) -> Kind:
+    return x.shape, x.dtype, x.device
+
+
+def kinds_of(blocks: BlockList) -> Lists:
+    tensors = blocks.counts, blocks.indices, blocks.keep, blocks.live
+    return (*map(kind_of, tensors), blocks.block_q, blocks.block_k)
+
+
+def _wanted(caller: str, what: str, got: object) -> ValueError:
+    return ValueError(f"{caller}: wanted {what}, got {got}")
+
+
+def check_lists(
+    caller: str, lists: Lists, shape: tuple[int, int, int, int], device: torch.device, blocks_k: tuple[int, ...]
+) -> None:
+    """That lists are those of a call of `shape` B, H, Pq, Pk on `device`, with one of `blocks_k` as places of a key block.
+
+    Raises:
+        ValueError: they are not.
+    """
+    *tensors, block_q, block_k = lists
+    for name, block, choices in (("block_q", block_q, BLOCKS_Q), ("block_k", block_k, blocks_k)):
+        if block not in choices:
+            raise _wanted(caller, f"{name} {' or '.join(map(str, choices))}", block)
+    b, h, p_q, p_k = shape
+    nq, nk = -(-p_q // block_q), -(-p_k // block_k)
+    for (name, dtype, like), (size, is_dtype, is_on) in zip(
+        (
+            ("counts", torch.int32, (b, h, nq)),
+            ("indices", torch.int32, (b, h, nq, nk)),
+            ("keep", torch.bool, (b, h, nq, nk)),
+            ("live", torch.int32, (nk,)),
+        ),
+        tensors,
+        strict=True,
+    ):
+        if size != like or is_dtype != dtype:
+            raise _wanted(caller, f"{name} {dtype} {like}", f"{is_dtype} {tuple(size)}")
+        if is_on != device:
+            raise _wanted(caller, f"{name} on q's device, {device}", is_on)
 
 
 @functools.lru_cache(maxsize=1024)
-def _check(
-    q: Kind, k: Kind, v: Kind, counts: Kind, indices: Kind, keep: Kind, live: Kind, block_q: int, block_k: int
-) -> None:
+def _check(q: Kind, k: Kind, v: Kind, lists: Lists) -> None:
     """Looked up, as a plan is: a call whose tensors are like those of one that was taken is taken.
 
     Raises:
         ValueError: what the kernel does not take.
     """
-
-    def wanted(what: str, got: object) -> ValueError:
-        return ValueError(f"block_sparse.attend: wanted {what}, got {got}")
-
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block not in BLOCKS:
-            raise wanted(f"{name} 64 or 128", block)
+    wanted = functools.partial(_wanted, "block_sparse.attend")
     shapes = [tuple(x[0]) for x in (q, k, v)]
     if any(len(shape) != 4 for shape in shapes) or 0 in shapes[0] + shapes[1]:
-        raise wanted("q [B, P, H, D] and k, v [B, P, Hkv, D], none empty", shapes)
+        raise wanted("q [B, Pq, H, D] and k, v [B, Pk, Hkv, D], none empty", shapes)
     (b, p_q, h, d), (_, p_k, h_kv, _) = shapes[:2]
     if shapes[1] != (b, p_k, h_kv, d) or shapes[2] != shapes[1] or h % h_kv:
-        raise wanted("k and v [B, P, Hkv, D] with q's B and D, and Hkv that divides H", f"q, k, v {shapes}")
+        raise wanted("k and v [B, Pk, Hkv, D] with q's B and D, and Hkv that divides H", f"q, k, v {shapes}")
     if d % 8 or not 16 <= d <= 256:
         raise wanted("head_dim 16 to 256 in steps of 8", d)
     if not q[1] == k[1] == v[1] or q[1] not in (torch.float16, torch.bfloat16, torch.float32):
         raise wanted("q, k and v all in fp16, bf16 or fp32", f"{q[1]}, {k[1]} and {v[1]}")
-    if p_q % block_q or p_k % block_k:
-        raise wanted(f"whole blocks of {block_q} queries and {block_k} keys", f"{p_q} and {p_k} places")
-    nq, nk = p_q // block_q, p_k // block_k
-    for name, (shape, dtype, _), like, of in (
-        ("counts", counts, (b, h, nq), torch.int32),
-        ("indices", indices, (b, h, nq, nk), torch.int32),
-        ("keep", keep, (b, h, nq, nk), torch.bool),
-        ("live", live, (nk,), torch.int32),
-    ):
-        if shape != like or dtype != of:
-            raise wanted(f"{name} {of} {like}", f"{dtype} {tuple(shape)}")
-    for name, x in (("k", k), ("v", v), ("counts", counts), ("indices", indices), ("keep", keep), ("live", live)):
+    for name, x in (("k", k), ("v", v)):
         if x[2] != q[2]:
             raise wanted(f"{name} on q's device, {q[2]}", x[2])
-
-
-def _kind(x: Tensor) -> Kind:
-    return x.shape, x.dtype, x.device
+    check_lists("block_sparse.attend", lists, (b, h, p_q, p_k), q[2], BLOCKS_K)
 
 
 def pool(k: Tensor, v: Tensor, live: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
-    """The means of k and of v [B, P, Hkv, D] over the tokens of each block.
+    """The means of k and of v [B, Pk, Hkv, D] over the tokens of each block.
 
     Args:
-        live: int32 [nk], how many places of a block are taken, the first ones; what the others hold is not read.
+        live: int32 [nk], how many places of a block are taken, the first ones; what the others hold is not read. The last
+            block may be there in part.
 
     Returns:
         Two tensors [B, nk, Hkv, D], summed in fp32; 0 for an empty block.
     """
     k, v = unit_stride(k), unit_stride(v)
     b, p, h, d = k.shape
-    k_means, v_means = (torch.empty((b, p // block_k, h, d), dtype=x.dtype, device=x.device) for x in (k, v))
+    k_means, v_means = (torch.empty((b, -(-p // block_k), h, d), dtype=x.dtype, device=x.device) for x in (k, v))
     launch = _pool_plan(k.shape, (*k.stride()[:3], *v.stride()[:3]), k.device, aligned(k, v), block_k)
     with on_device_of(k):
         launch(_pool, (k, v, live.contiguous(), k_means, v_means))
@@ -321,34 +358,36 @@ def attend(
     """Exact attention to the blocks of a list.
 
     Args:
-        q: [B, P, H, D], any strides. k, v: [B, P, Hkv, D], any strides; Hkv divides H. P are whole blocks, of the queries
-            and of the keys. Empty places hold finite numbers.
-        blocks: the lists, on q's device; B and H may be expanded.
+        q: [B, Pq, H, D], any strides. k, v: [B, Pk, Hkv, D], any strides; Hkv divides H. Pq and Pk may end within the last
+            block. Empty places hold finite numbers, and so do v's last 128 keys where they end so.
+        blocks: the lists, on q's device, of ceil(Pq / block_q) blocks of queries and ceil(Pk / block_k) of keys; B and H
+            may be expanded.
         scale: factor on q k^T, not negative; 1 / sqrt(D) by default.
         pooled: whether blocks that are not in a list take part by their means.
         return_lse: whether to return the log-sum-exp too.
         flag: int32, set to 1 where the output is not finite.
 
     Returns:
-        out [B, P, H, D] contiguous, and lse [B, H, P] fp32 (natural logarithm) or None. A row without a key gives 0 and
+        out [B, Pq, H, D] contiguous, and lse [B, H, Pq] fp32 (natural logarithm) or None. A row without a key gives 0 and
         -inf.
 
     Raises:
         ValueError: what the kernel does not take, before anything is launched.
     """
-    lists = blocks.counts, blocks.indices, blocks.keep, blocks.live
-    _check(*map(_kind, (q, k, v, *lists)), blocks.block_q, blocks.block_k)
+    _check(*map(kind_of, (q, k, v)), kinds_of(blocks))
     qk_scale = scale_log2(scale, q.shape[3])
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    counts, indices, keep, live = lists
-    live = live.contiguous()
-    b, p, h, _ = q.shape
+    counts, indices, keep, live = blocks.counts, blocks.indices, blocks.keep, blocks.live.contiguous()
+    b, nq, h, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty((b, h, p), dtype=torch.float32, device=q.device) if return_lse else None
+    lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
     means = pool(k, v, live, blocks.block_k) if pooled else (None, None)
+    missing = blocks.block_k - k.shape[1]
+    if missing > 0:  # tiles are read whole
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k, v))
     launch = _plan(
         q.shape,
-        live.shape[0],
+        k.shape[1],
         k.shape[2],
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         (*counts.stride(), *indices.stride(), *keep.stride()),

@@ -170,7 +170,7 @@ def _emulate(
             shift = finite  # what p is measured from
             if p_dtype == torch.int8:
                 shift = s.amax(-1)
-                shift = shift.masked_fill(shift == -torch.inf, 0.0)
+                shift = torch.where(shift == -torch.inf, finite, shift)
             p = round_to((s - shift[..., None] + offset).exp2() * nudge, p_dtype)
             grow, shrink = (shift - finite - offset).exp2(), (m - finite).exp2()
             acc = acc * shrink[..., None] + (p @ values[:, tile]) * grow[..., None]

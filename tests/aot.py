@@ -46,8 +46,10 @@ class Case:
         tokens: queries and keys of a row; the other kernels are made for any number.
         pv: how the quantised kernel multiplies p and v.
         family: whose projections a pass before attention takes, "" for finished q, k and v.
-        blocks: places of a block of queries and of one of keys, of the block-sparse kernel.
+        blocks: places of a block of queries and of one of keys, of the block-sparse kernel and of lists.
         pooled: whether it has the pooled remainder.
+        lists: whether the quantised kernel walks along lists. gaps: whether more of their blocks than the last may be
+            filled in part.
         tuned: entries that replace those of the shipped config.
     """
 
@@ -64,13 +66,15 @@ class Case:
     family: Literal["wan", "cogvideox", "hunyuan", ""] = ""
     blocks: tuple[int, int] = (128, 128)
     pooled: bool = False
+    lists: bool = False
+    gaps: bool = False
     tuned: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         shape = f" x {self.tokens} tokens" if self.kernel == "temporal" else ""
         extras = [self.mask] * (self.mask != "none")
-        extras += [x for x in ("causal", "kv_len", "pooled", "lse") if getattr(self, x)]
-        if self.kernel == "block_sparse":
+        extras += [x for x in ("causal", "kv_len", "pooled", "gaps", "lse") if getattr(self, x)]
+        if self.kernel == "block_sparse" or self.lists:
             extras.append("blocks {} x {}".format(*self.blocks))
         kernel = " ".join(filter(None, (self.kernel, self.family, self.pv)))
         return " ".join([f"{kernel} sm_{self.capability} head_dim {self.head_dim}{shape} {self.dtype}", *extras])
@@ -105,7 +109,7 @@ class Figures:
         if self.shared > 1024 * SHARED_KIB[case.capability]:
             found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.capability]}")
         if (
-            case.kernel in ("flash", "block_sparse", "antidiagonal", "quantised")
+            case.kernel in ("flash", "block_sparse", "quantised")
             and case.capability == 90
             and case.dtype != "fp32"
             and set(self.products) != {"wgmma"}
@@ -163,7 +167,8 @@ def shipped() -> list[Case]:
     """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
     return (
         quantised((40, 64, 80, 128, 160), [{}])
-        + block_sparse((64, 128), [{}])
+        + quantised((64, 128), [{"lists": True}, {"lists": True, "gaps": True, "blocks": (192, 128)}])
+        + block_sparse((64, 128), [{}, {"blocks": (192, 128)}])
         + selection((64, 128, 256))
         + before()
         + [
@@ -195,9 +200,15 @@ def everything() -> list[Case]:
         if tokens <= 32 or size["head_dim"] * (4 if size["dtype"] == "fp32" else 2) <= 256
     ]
     forms = [{"kv_len": kv_len, "lse": lse} for kv_len in (False, True) for lse in (False, True)]
+    forms += [
+        {"lists": True, "blocks": (block_q, 128), "gaps": gaps, **form}
+        for block_q in (64, 128, 192)
+        for gaps in (False, True)
+        for form in forms
+    ]
     blocks = [
         {"blocks": sizes, "dtype": dtype, "lse": True}
-        for sizes in itertools.product((64, 128), (64, 128))
+        for sizes in itertools.product((64, 128, 192), (64, 128))
         for dtype in ("fp16", "bf16", "fp32")
     ]
     return (
@@ -250,6 +261,7 @@ def compiled(case: Case) -> Figures:
     import triton
 
     from videoattn.kernels import antidiagonal, block_sparse, flash, operands, prepare, quantise, quantised, temporal
+    from videoattn.selection.arrangement import Blocks
     from videoattn.selection.block_list import BlockList
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int": torch.int32}
@@ -266,13 +278,23 @@ def compiled(case: Case) -> Figures:
         mask = {"none": None, "bool": tensor(n, n, dtype="bool"), "additive": tensor(n, n)}[case.mask]
         options |= {"mask": mask, "causal": case.causal}
 
+    of_q, of_k = (-(-n // block) for block in case.blocks)
+    lists = BlockList(
+        counts=tensor(2, 8, of_q, dtype="int"),
+        indices=tensor(2, 8, of_q, of_k, dtype="int"),
+        keep=tensor(2, 8, of_q, of_k, dtype="bool"),
+        live=tensor(of_k, dtype="int"),
+        block_q=case.blocks[0],
+        block_k=case.blocks[1],
+        gaps=case.gaps,
+    )
+
     log, made = io.StringIO(), []
     modules = {"flash": flash, "temporal": temporal, "quantised": quantised, "prepare": prepare, "quantise": quantise}
     modules |= {"block_sparse": block_sparse, "antidiagonal": antidiagonal}
     module = modules[case.kernel]
-    shipped_config = module.config
-    for planned in modules.values():
-        planned._plan.cache_clear()  # which do not tell cards apart
+    for plan in (x for module in modules.values() for name, x in vars(module).items() if name.endswith("_plan")):
+        plan.cache_clear()  # which do not tell cards apart
     triton.runtime.driver.set_active(Card(case.capability))
     triton.knobs.nvidia.dump_ptxas_log = True
     with contextlib.ExitStack() as stack:
@@ -280,11 +302,13 @@ def compiled(case: Case) -> Figures:
             "prepare": ["_prepare"],
             "quantise": ["_statistics", "_operands"],
             "block_sparse": ["_pool", "_forward"],
-            "antidiagonal": ["_log_sums", "_block_sums"],
+            "antidiagonal": ["_regroup", "_block_sums"],
         }
         for name in names.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
-        stack.enter_context(mock.patch.object(module, "config", lambda *args: shipped_config(*args) | dict(case.tuned)))
+        if case.tuned:
+            config = module.config
+            stack.enter_context(mock.patch.object(module, "config", lambda *args: config(*args) | dict(case.tuned)))
         for of_card in (antidiagonal, block_sparse, flash, quantise, quantised):
             stack.enter_context(mock.patch.object(of_card, "capability_of", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))
@@ -295,20 +319,13 @@ def compiled(case: Case) -> Figures:
             if case.pv != "16bit":
                 v, v_scale = tensor(2, 8, w, blocks * operands.KEYS, dtype=case.pv), tensor(2, 8, d, dtype="fp32")
             x = operands.Quantised(ints, row, ints, tensor(2, 8, blocks, 4, dtype="fp32"), v, v_scale, row)
+            options |= {"lists": lists} if case.lists else {}
             quantised.attend_quantised(x, head_dim=d, dtype=dtypes[case.dtype], **options)
         elif case.kernel == "block_sparse":
-            of_q, of_k = (n // block for block in case.blocks)
-            lists = BlockList(
-                counts=tensor(2, 8, of_q, dtype="int"),
-                indices=tensor(2, 8, of_q, of_k, dtype="int"),
-                keep=tensor(2, 8, of_q, of_k, dtype="bool"),
-                live=tensor(of_k, dtype="int"),
-                block_q=case.blocks[0],
-                block_k=case.blocks[1],
-            )
             block_sparse.attend(*(tensor(2, n, 8, d) for _ in range(3)), lists, pooled=case.pooled, **options)
         elif case.kernel == "antidiagonal":
-            antidiagonal.block_mass(tensor(2, n, 8, d), tensor(2, n, 8, d), tensor(n // 128, dtype="int"), stride=16)
+            blocks = Blocks(size=128, live=tensor(n // 128, dtype="int"), video=0, boxes=tensor(0, 3, 2, dtype="int"))
+            antidiagonal.block_mass(tensor(2, n, 8, d), tensor(2, n, 8, d), blocks, blocks, stride=16)
         elif case.family:
             prologue, streams = _projected(case, tensor)
             if case.kernel == "prepare":

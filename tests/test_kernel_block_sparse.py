@@ -33,10 +33,10 @@ def make_lists(batch, heads, nq, live, *, block_q=64, block_k=64, density=0.5, s
     return BlockList.of(keep.to(DEVICE), tokens_of(*live), block_q, block_k)
 
 
-def inputs(lists, heads, head_dim, **options):
-    """q, k and v over the places of the lists."""
+def inputs(lists, heads, head_dim, *, missing=(0, 0), **options):
+    """q, k and v over the places of the lists, of which the last so many queries and keys are not there."""
     batch, _, nq, nk = lists.keep.shape
-    sizes = (batch, nq * lists.block_q, nk * lists.block_k, heads, head_dim)
+    sizes = (batch, nq * lists.block_q - missing[0], nk * lists.block_k - missing[1], heads, head_dim)
     return make_qkv(*sizes, **{"dtype": FP16, "device": DEVICE} | options)
 
 
@@ -47,8 +47,8 @@ def plain(q, k, v, lists, *, scale=None, pooled=False):
     means = [oracle.pool(x, lists.live, lists.block_k) / lists.live.clamp_min(1)[:, None, None] for x in (k, v)]
     k, v = (torch.cat([x, mean.to(dtype)], 1) for x, mean in zip((k, v), means, strict=True))
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
-    left_out = ~lists.keep & (lists.live > 0) & pooled
-    mask = torch.cat([lists.token_mask(), left_out.repeat_interleave(lists.block_q, 2)], -1)
+    left_out = (~lists.keep & (lists.live > 0) & pooled).repeat_interleave(lists.block_q, 2)[:, :, : q.shape[2]]
+    mask = torch.cat([oracle.token_mask(lists, q.shape[2], k.shape[2] - nk), left_out], -1)
     scores = (q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(
         ~mask, -torch.inf
     )
@@ -83,7 +83,8 @@ def check(q, k, v, lists, **options):
     assert wrong is None, wrong
     assert_lse(lse, exact_lse, q, k, lists, **options)
     if not options.get("pooled"):  # the dense oracle under a mask says the same, with its own bounds
-        masked = {"mask": lists.token_mask(), "scale": options.get("scale")}
+        mask = oracle.token_mask(lists, q.shape[1], k.shape[1])
+        masked = {"mask": mask, "scale": options.get("scale")}
         assert_close_to_oracle(out, q, k, v, **masked)
         assert_close_lse(lse, q, k, v, **masked)
     assert out.is_contiguous()
@@ -176,8 +177,62 @@ def test_a_row_without_a_key_gives_nothing(poisoned):
     assert not out.any() and (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("missing", [(63, 1), (0, 40)], ids=str)
+@pytest.mark.parametrize(
+    # Hkv, D, blocks of queries, blocks of keys, block_q, block_k
+    ("kv_heads", "head_dim", "nq", "nk", "block_q", "block_k", "dtype", "layout"),
+    [
+        (2, 64, 3, 5, 64, 64, FP16, "fused"),
+        (1, 40, 2, 4, 128, 64, BF16, "BHND"),
+        (2, 80, 2, 3, 192, 128, FP16, "BNHD"),
+        (1, 128, 1, 3, 192, 64, BF16, "fused"),
+        (2, 16, 2, 1, 64, 128, FP16, "BNHD"),
+        (2, 40, 2, 2, 64, 64, FP32, "fused"),
+    ],
+)
+def test_sequences_that_end_within_a_block(
+    kv_heads, head_dim, nq, nk, block_q, block_k, dtype, layout, missing, pooled, poisoned
+):
+    """Which is kept in some lists, and in some not; blocks before it may be filled in part."""
+    live = [block_k] * nk
+    live[nk // 2] = 9
+    live[-1] = min(live[-1], block_k - missing[1])
+    lists = make_lists(2, 2, nq, live, block_q=block_q, block_k=block_k)
+    q, k, v = inputs(lists, 2, head_dim, kv_heads=kv_heads, dtype=dtype, layout=layout, missing=missing)
+    check(q, k, v, lists, pooled=pooled)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("keys", [1, 7, 16, 63])
+def test_fewer_keys_than_a_tile(keys, pooled, poisoned):
+    lists = make_lists(1, 2, 2, (keys,), density=0.8)
+    check(*inputs(lists, 2, 40, missing=(30, 64 - keys), layout="fused"), lists, pooled=pooled)
+
+
+def test_what_lies_behind_the_sequences_is_neither_read_nor_written(poisoned):
+    """NaN stands there, and in front of a last block what other lists name."""
+    lists = make_lists(1, 2, 2, (64, 64, 20), density=1.0)
+    q, k, v = inputs(lists, 2, 40)
+    for x, there in ((q, 100), (k, 148), (v, 148)):
+        x[:, there:] = torch.nan
+    check(q[:, :100], k[:, :148], v[:, :148], lists)
+    keep = torch.tensor([[False, False, True], [True, True, False]], device=DEVICE).expand(1, 2, 2, 3)
+    lists = BlockList.of(keep, lists.live, 64, 64)
+    out, lse = block_sparse.attend(q[:, :100], k[:, :148], v[:, :148], lists, return_lse=True)
+    k[:, :128], v[:, :128] = 60000.0, -60000.0
+    again, again_lse = block_sparse.attend(q[:, :100], k[:, :148], v[:, :148], lists, return_lse=True)
+    assert torch.equal(out[:, :64], again[:, :64]) and torch.equal(lse[..., :64], again_lse[..., :64])
+
+
 def test_blocks_without_a_token_are_as_if_they_were_not_there(poisoned):
-    """Kept or not, first in a list or last."""
+    """Kept or not, first in a list or last: their weights are 0, and the greatest score stays.
+
+    Compiled, though, m scale - round(m scale) is not 0 but the rounding of the product, since it is one instruction: a
+    tile that leaves the greatest score as it is multiplies l and acc by up to 2^(half a unit in the last place of
+    m scale). Theirs is a tile like any other in this, so that the bounds are those of the list without them; bit for bit it
+    is that list's result in the interpreter.
+    """
     lists = make_lists(1, 2, 2, (64, 20), density=0.6)
     empty = torch.ones(1, 2, 2, 1, dtype=torch.bool, device=DEVICE)
     more = BlockList.of(
@@ -187,9 +242,22 @@ def test_blocks_without_a_token_are_as_if_they_were_not_there(poisoned):
     others = (torch.randn(1, 64, 2, 40, device=DEVICE).half() for _ in range(6))
     more_k, more_v = (torch.cat([next(others), x, next(others), next(others)], 1) for x in (k, v))
     for pooled in (False, True):
-        expected = block_sparse.attend(q, k, v, lists, pooled=pooled, return_lse=True)
-        got = block_sparse.attend(q, more_k, more_v, more, pooled=pooled, return_lse=True)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        out, lse = block_sparse.attend(q, more_k, more_v, more, pooled=pooled, return_lse=True)
+        exact, exact_lse = oracle.attend(q, k, v, lists, pooled=pooled)
+        wrong = excess(out, exact, plain(q, k, v, lists, pooled=pooled))
+        assert wrong is None, wrong
+        assert_lse(lse, exact_lse, q, k, lists, pooled=pooled)
+        if DEVICE == "cpu":
+            expected, expected_lse = block_sparse.attend(q, k, v, lists, pooled=pooled, return_lse=True)
+            assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_lists_of_blocks_without_a_token(pooled, poisoned):
+    """No weight at all: 0 and -inf, exactly."""
+    lists = make_lists(1, 2, 2, (0, 0, 0), density=0.6)
+    out, lse = block_sparse.attend(*inputs(lists, 2, 40), lists, pooled=pooled, return_lse=True)
+    assert not out.any() and (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -222,9 +290,9 @@ def test_every_block_kept_is_dense_attention_bit_for_bit(head_dim, dtype, poison
 def test_every_block_kept_is_dense_attention_in_every_order(order, poisoned):
     """An odd number of tokens with text on both sides, laid out in blocks and brought back."""
     tokens = Tokens(grid=Grid(frames=3, height=5, width=7), before=5, after=77)
-    arrangement = arrange(tokens, order, 64, torch.device(DEVICE))
-    keep = torch.ones(1, 1, arrangement.blocks, arrangement.blocks, dtype=torch.bool, device=DEVICE)
-    lists = BlockList.of(keep, arrangement.live, 64, 64).expand(2, 2)
+    arrangement = arrange(tokens, order, torch.device(DEVICE), block_q=64, block_k=64)
+    keep = torch.ones(1, 1, arrangement.queries.count, arrangement.keys.count, dtype=torch.bool, device=DEVICE)
+    lists = BlockList.of(keep, arrangement.keys.live, 64, 64).expand(2, 2)
     q, k, v = make_qkv(2, tokens.count, tokens.count, 2, 64, kv_heads=1, dtype=BF16, device=DEVICE)
     out, _ = block_sparse.attend(*map(arrangement.arranged, (q, k, v)), lists)
     assert_close_to_oracle(arrangement.restored(out), q, k, v)
@@ -344,12 +412,14 @@ def test_the_flag_tells_of_blocks_that_are_in_a_list(value):
 
 @pytest.mark.parametrize("layout", ["BNHD", "BHND", "fused"])
 @pytest.mark.parametrize(("head_dim", "dtype"), [(16, FP16), (40, BF16), (128, FP16), (80, FP32)])
-@pytest.mark.parametrize(("block", "live"), [(64, (64, 1, 0)), (128, (128, 77))])
-def test_means(head_dim, dtype, layout, block, live, poisoned):
+@pytest.mark.parametrize(
+    ("block", "live", "missing"), [(64, (64, 1, 0), 0), (128, (128, 77), 0), (64, (64, 40), 24), (128, (5,), 122)]
+)
+def test_means(head_dim, dtype, layout, block, live, missing, poisoned):
     """Of the tokens that are there, whatever the other places hold."""
-    n = len(live) * block
+    n = len(live) * block - missing
     _, k, v = make_qkv(2, n, n, 3, head_dim, dtype=dtype, layout=layout, device=DEVICE)
-    empty = (torch.arange(block, device=DEVICE) >= tokens_of(*live)[:, None]).flatten()
+    empty = (torch.arange(block, device=DEVICE) >= tokens_of(*live)[:, None]).flatten()[:n]
     k[:, empty] = v[:, empty] = torch.nan
     for x, mean in zip((k, v), block_sparse.pool(k, v, tokens_of(*live), block), strict=True):
         exact = oracle.pool(x, tokens_of(*live), block) / tokens_of(*live).clamp_min(1)[:, None, None]
@@ -381,20 +451,24 @@ def without_the_last(x, dim):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_q": 32}, "wanted block_q 64 or 128, got 32"),
+        ({"block_q": 32}, "wanted block_q 64 or 128 or 192, got 32"),
         ({"block_k": 256}, "wanted block_k 64 or 128, got 256"),
-        ({"q": lambda x: x[0]}, r"wanted q \[B, P, H, D\] and k, v \[B, P, Hkv, D\], none empty, got \[\(128, 4, 40\)"),
+        (
+            {"q": lambda x: x[0]},
+            r"wanted q \[B, Pq, H, D\] and k, v \[B, Pk, Hkv, D\], none empty, got \[\(128, 4, 40\)",
+        ),
         ({"q": lambda x: x[:, :0]}, r"none empty, got \[\(2, 0, 4, 40\)"),
         ({"k": lambda x: x[:1]}, r"with q's B and D, and Hkv that divides H, got q, k, v \[\(2, 128, 4, 40\), \(1, "),
-        ({"v": lambda x: without_the_last(x, 1)}, r"wanted k and v \[B, P, Hkv, D\] .*\(2, 191, 2, 40\)\]"),
+        ({"v": lambda x: without_the_last(x, 1)}, r"wanted k and v \[B, Pk, Hkv, D\] .*\(2, 191, 2, 40\)\]"),
         ({"q": lambda x: without_the_last(x, 2)}, "Hkv that divides H"),
         (dict.fromkeys("qkv", lambda x: x[..., :36]), "wanted head_dim 16 to 256 in steps of 8, got 36"),
         (dict.fromkeys("qkv", lambda x: x[..., :8]), "wanted head_dim 16 to 256 in steps of 8, got 8"),
         (dict.fromkeys("qkv", torch.Tensor.double), "wanted q, k and v all in fp16, bf16 or fp32, got torch.float64"),
         ({"v": torch.Tensor.bfloat16}, "got torch.float16, torch.float16 and torch.bfloat16"),
+        ({"q": lambda x: x[:, :64]}, r"wanted counts torch.int32 \(2, 4, 1\), got torch.int32 \(2, 4, 2\)"),
         (
-            {"q": lambda x: without_the_last(x, 1)},
-            "wanted whole blocks of 64 queries and 64 keys, got 127 and 192 places",
+            dict.fromkeys("kv", lambda x: x[:, :128]),
+            r"wanted indices torch.int32 \(2, 4, 2, 2\), got torch.int32 \(2, 4, 2, 3\)",
         ),
         ({"counts": torch.Tensor.long}, r"wanted counts torch.int32 \(2, 4, 2\), got torch.int64 \(2, 4, 2\)"),
         ({"indices": lambda x: x[:, :1]}, r"wanted indices torch.int32 \(2, 4, 2, 3\), got torch.int32 \(2, 1, 2, 3\)"),
@@ -428,7 +502,7 @@ def test_a_scale_below_zero():
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("block_q", [64, 128, 192])
 @pytest.mark.parametrize("block_k", [64, 128])
 def test_tiles_divide_blocks(capability, block_q, block_k):
     for head_dim in range(16, 257, 8):

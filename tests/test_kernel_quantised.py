@@ -1,5 +1,6 @@
 """Triton's kernel on quantised operands against the emulation of the same algorithm, in the interpreter or on the GPU."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,9 +12,10 @@ from kernel_checks import DEVICE
 from quantised_operands import HARD, make_hard, means
 from test_kernel_sdpa import call
 
-from videoattn.kernels import quantised, reference
+from videoattn.kernels import block_sparse_reference, quantised, reference
 from videoattn.kernels import quantised_reference as emulated
 from videoattn.policy import EXACT, Dense, Sparse
+from videoattn.selection.block_list import BlockList
 from videoattn.testing import make_qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # log2(0), inf * 0
@@ -30,7 +32,7 @@ def lengths(*values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def check(q, k, v, pv, *, scale=None, kv_len=None, tuned=None):
+def check(q, k, v, pv, *, scale=None, kv_len=None, lists=None, tuned=None):
     """The kernel's answer is the emulation's but for fp32's rounding, and the flag stays down.
 
     A score is rounded three times on its way into 2^x, from numbers no greater than twice the greatest score and the
@@ -39,17 +41,19 @@ def check(q, k, v, pv, *, scale=None, kv_len=None, tuned=None):
     """
     d, dtype = q.shape[3], q.dtype
     x = emulated.quantise(q, k, v, pv=pv, scale=scale, kv_len=kv_len, return_lse=True)
-    settings = quantised.config(d, pv, quantised.capability_of(q.device)) | (tuned or {})
+    block_q = None if lists is None else lists.block_q
+    settings = quantised.config(d, pv, quantised.capability_of(q.device), block_q) | (tuned or {})
     flag = torch.zeros(1, dtype=torch.int32, device=q.device)
     out, lse = quantised.attend_quantised(
-        x, head_dim=d, dtype=dtype, kv_len=kv_len, return_lse=True, flag=flag, tuned=tuned
+        x, head_dim=d, dtype=dtype, kv_len=kv_len, lists=lists, return_lse=True, flag=flag, tuned=tuned
     )
     assert out.shape == q.shape and out.dtype == dtype and out.is_contiguous()
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1]) and lse.dtype == torch.float32
     assert flag.item() == 0
 
+    mask = None if lists is None else block_sparse_reference.token_mask(lists, q.shape[1], k.shape[1])
     emulate = functools.partial(
-        emulated.attend_quantised, head_dim=d, dtype=dtype, kv_len=kv_len, block_n=settings["N"]
+        emulated.attend_quantised, head_dim=d, dtype=dtype, kv_len=kv_len, mask=mask, block_n=settings["N"]
     )
     exact, exact_lse = emulate(x)
     greatest = ((x.q_scale.double() * x.q.double().abs().sum(-1)).amax() * 127 * x.k_scale.double().amax()).item()
@@ -189,6 +193,168 @@ def test_the_flag_tells_of_what_is_not_finite(pv, name, value):
     assert raised.item() == 1
     rows = {"q": out[1, 2, 1], "k": out[1, :, 1], "v": out[1, :, 1, 23]}[name]
     assert not rows.isfinite().any() and (~out.isfinite()).sum() == rows.numel()
+
+
+# ---------------------------------------------------------------- lists of key blocks
+
+
+def make_lists(batch, heads, q_len, kv_len, *, block_q=128, density=0.5, live=None):
+    """Random lists; the last block of queries of the last row keeps nothing. live: tokens of the first blocks, with gaps."""
+    nq, nk = -(-q_len // block_q), -(-kv_len // 128)
+    keep = torch.rand(batch, heads, nq, nk, generator=torch.Generator().manual_seed(nq * nk)) < density
+    if density < 1:
+        keep[-1, -1, -1] = False
+    there = [128] * (nk - 1) + [kv_len - 128 * (nk - 1)]
+    there[: len(live or ())] = live or ()
+    return BlockList.of(keep.to(DEVICE), lengths(*there), block_q, 128, gaps=live is not None)
+
+
+@pytest.mark.parametrize("pv", PVS)
+@pytest.mark.parametrize(
+    # B, Nq, Nk, H, Hkv, D, block_q
+    ("shape", "dtype", "layout"),
+    [
+        ((1, 128, 128, 1, 1, 64, 128), FP16, "BNHD"),
+        ((2, 130, 300, 2, 1, 72, 64), BF16, "fused"),
+        ((1, 200, 520, 2, 2, 128, 192), BF16, "BHND"),
+        ((2, 300, 640, 1, 1, 40, 128), FP16, "fused"),
+        ((1, 70, 70, 4, 2, 16, 64), FP16, "fused"),
+        ((1, 65, 257, 1, 1, 256, 128), BF16, "BNHD"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_lists(shape, dtype, layout, gaps, pv, poisoned):
+    batch, nq, nk, heads, kv_heads, head_dim, block_q = shape
+    options = {"kv_heads": kv_heads, "dtype": dtype, "layout": layout, "device": DEVICE}
+    q, k, v = make_qkv(batch, nq, nk, heads, head_dim, **options)
+    live = (min(77, nk), 0, 1)[: -(-nk // 128) - 1] if gaps else None
+    check(q, k, v, pv, lists=make_lists(batch, heads, nq, nk, block_q=block_q, live=live))
+
+
+@pytest.mark.parametrize("pv", PVS)
+@pytest.mark.parametrize("tuned", [*WAYS, {"M": 64, "N": 32}], ids=str)
+def test_lists_in_every_way_of_working(tuned, pv, poisoned):
+    if DEVICE == "cuda" and tuned.get("TMA") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no TMA on this card")
+    q, k, v = make_qkv(2, 150, 460, 2, 80, kv_heads=1, dtype=BF16, layout="fused", device=DEVICE)
+    check(q, k, v, pv, lists=make_lists(2, 2, 150, 460, density=0.7), tuned=tuned)
+    with_gaps = make_lists(2, 2, 150, 460, density=0.7, live=(0, 100))
+    check(q, k, v, pv, kv_len=lengths(460, 300), lists=with_gaps, tuned=tuned)
+
+
+@pytest.mark.parametrize("live", [None, (64, 128, 0)], ids=str)
+@pytest.mark.parametrize("pv", PVS)
+@pytest.mark.parametrize("kv_len", [(0, 128, 150), (450, 256, 999), (384, 1, 449)], ids=str)
+def test_blocks_beyond_a_length_do_not_count(kv_len, pv, live, poisoned):
+    """Though lists name them all; what stands there is not read into the result."""
+    q, k, v = make_qkv(3, 140, 450, 2, 64, dtype=FP16, device=DEVICE)
+    beyond = torch.arange(450, device=DEVICE) >= lengths(*kv_len)[:, None]
+    k[beyond], v[beyond] = torch.nan, torch.nan
+    lists = make_lists(3, 2, 140, 450, block_q=64, density=1.0, live=live)
+    check(q, k, v, pv, kv_len=lengths(*kv_len), lists=lists)
+
+
+def test_more_blocks_than_are_counted_at_a_time(monkeypatch, poisoned):
+    monkeypatch.setattr(quantised, "COUNTED", 2)
+    quantised._plan.cache_clear()
+    q, k, v = make_qkv(2, 64, 1000, 1, 16, dtype=FP16, device=DEVICE)
+    check(q, k, v, "int8", kv_len=lengths(1000, 700), lists=make_lists(2, 1, 64, 1000, block_q=64, density=0.7))
+    quantised._plan.cache_clear()
+
+
+@pytest.mark.parametrize("kv_len", [None, (300, 133)], ids=str)
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("pv", PVS)
+def test_every_block_listed_is_dense_attention(pv, gaps, kv_len, poisoned):
+    """Tiles, their order and the step from one to the next are the same: bit for bit in the interpreter.
+
+    Compiled it is another loop, in which a product and the sum behind it may be one instruction or two: to rounding.
+    """
+    q, k, v = make_qkv(2, 200, 300, 2, 80, kv_heads=1, dtype=BF16, layout="fused", device=DEVICE)
+    kv_len = None if kv_len is None else lengths(*kv_len)
+    lists = make_lists(2, 2, 200, 300, density=1.0, live=(128,) if gaps else None)
+    got = check(q, k, v, pv, kv_len=kv_len, lists=lists)
+    expected = check(q, k, v, pv, kv_len=kv_len)
+    if DEVICE == "cpu":
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("pv", PVS)
+def test_lists_that_rows_and_heads_share(pv, poisoned):
+    shared = make_lists(1, 1, 200, 300, density=0.6)
+    lists = shared.expand(2, 4)
+    assert lists.keep.stride()[:2] == lists.indices.stride()[:2] == lists.counts.stride()[:2] == (0, 0)
+    q, k, v = make_qkv(2, 200, 300, 4, 64, kv_heads=2, dtype=BF16, device=DEVICE)
+    got = check(q, k, v, pv, lists=lists)
+    copied = BlockList.of(lists.keep.contiguous(), lists.live, 128, 128)
+    assert all(torch.equal(a, b) for a, b in zip(got, check(q, k, v, pv, lists=copied), strict=True))
+
+
+@pytest.mark.parametrize("kv_len", [None, (200, 300)], ids=str)
+@pytest.mark.parametrize("pv", PVS)
+def test_lists_without_a_block(pv, kv_len, poisoned):
+    q, k, v = make_qkv(2, 100, 300, 2, 64, dtype=FP16, device=DEVICE)
+    lists = make_lists(2, 2, 100, 300, density=0.0)
+    out, lse = check(q, k, v, pv, kv_len=None if kv_len is None else lengths(*kv_len), lists=lists)
+    assert not out.any() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("pv", PVS)
+def test_blocks_without_a_token_change_nothing(pv, poisoned):
+    """First in a list, between others and last: m, l and acc stay to the bit, since 2^(m - m) is 1."""
+    q, k, v = make_qkv(1, 128, 640, 2, 64, dtype=FP16, device=DEVICE)
+    x = emulated.quantise(q, k, v, pv=pv, return_lse=True)
+    keep = torch.ones(1, 2, 1, 5, dtype=torch.bool, device=DEVICE)
+    live = lengths(0, 128, 0, 60, 0)
+    named = BlockList.of(keep, live, 128, 128, gaps=True)
+    left = BlockList.of(keep & (live > 0), live, 128, 128, gaps=True)
+    got, expected = (
+        quantised.attend_quantised(x, head_dim=64, dtype=FP16, lists=lists, return_lse=True) for lists in (named, left)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_k": 64}, "wanted block_k 128, got 64"),
+        ({"block_q": 256}, "wanted block_q 64 or 128 or 192, got 256"),
+        ({"block_q": 64}, r"wanted counts torch.int32 \(1, 2, 4\), got torch.int32 \(1, 2, 2\)"),
+        ({"live": torch.zeros(3)}, r"wanted live torch.int32 \(3,\), got torch.float32 \(3,\)"),
+        (
+            {"counts": torch.empty(1, 2, 2, dtype=torch.int32, device="meta")},
+            f"wanted counts on q's device, {DEVICE}.*, got meta",
+        ),
+    ],
+)
+def test_lists_that_are_not_the_operands(change, message, monkeypatch):
+    q, k, v = make_qkv(1, 200, 300, 2, 64, dtype=FP16, device=DEVICE)
+    x = emulated.quantise(q, k, v, pv="int8")
+    lists = dataclasses.replace(make_lists(1, 2, 200, 300), **change)
+    monkeypatch.setattr(quantised, "_plan", None)  # nothing gets as far as a launch
+    with pytest.raises(ValueError, match=f"^attend_quantised: {message}"):
+        quantised.attend_quantised(x, head_dim=64, dtype=FP16, lists=lists)
+
+
+def test_tiles_that_do_not_divide_a_block_of_queries():
+    q, k, v = make_qkv(1, 200, 300, 2, 64, dtype=FP16, device=DEVICE)
+    x = emulated.quantise(q, k, v, pv="int8")
+    with pytest.raises(ValueError, match="wanted tiles that divide 64 queries, got 128"):
+        lists = make_lists(1, 2, 200, 300, block_q=64)
+        quantised.attend_quantised(x, head_dim=64, dtype=FP16, lists=lists, tuned={"M": 128})
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("block_q", [64, 128, 192])
+def test_tiles_divide_blocks(capability, block_q):
+    for pv in PVS:
+        for head_dim in range(16, 257, 8):
+            settings = quantised.config(head_dim, pv, capability, block_q)
+            assert block_q % settings["M"] == 128 % settings["N"] == 0
+
+
+# ---------------------------------------------------------------- the backends
 
 
 def test_head_dims_in_parts():
