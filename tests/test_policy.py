@@ -8,7 +8,8 @@ import pytest
 
 from videoattn import Dense, Policy, Sparse
 from videoattn.call import KINDS, Call, Grid, Site, Step
-from videoattn.policy import EXACT, FINER, PRESETS, Precision, Tuned, acceptable
+from videoattn.policy import EXACT, FINER, PRESETS, Precision, Tuned, Windows, acceptable
+from videoattn.selection.sliding_tiles import SlidingTiles
 
 
 def site(kind="full", name="blocks.3.attn1"):
@@ -21,10 +22,11 @@ def test_exact_is_exact_everywhere():
 
 @pytest.mark.parametrize(
     ("preset", "decision"),
-    [("balanced", Dense("int8_qk_fp8_pv")), ("fast", Sparse("pooled", "int8_qk_fp8_pv"))],
+    [("balanced", Dense("int8_qk_fp8_pv")), ("fast", PRESETS["fast"].decision)],
 )
 def test_presets_trade_in_the_large_self_attention_only(preset, decision):
-    decided = {kind: Policy.of(preset)(site(kind), Step()) for kind in KINDS}
+    late = Step(index=40, total=50, grid=Grid(frames=21, height=30, width=52))
+    decided = {kind: Policy.of(preset)(site(kind), late) for kind in KINDS}
     large = {"full", "joint", "spatial"}
     assert decided == {kind: decision if kind in large else EXACT for kind in KINDS}
 
@@ -150,6 +152,80 @@ def test_a_tuned_policy_is_read_from_a_file(tmp_path):
             Policy.load(file)
 
 
+WINDOWS = Windows(
+    sites=(("blocks.0.attn1", ((3, 4, 6), (9, 4, 6))), ("blocks.1.attn1", ((9, 8, 12), (3, 4, 6)))),
+    grid=Grid(frames=9, height=8, width=12),
+    tile=(3, 4, 6),
+)
+
+
+def windowed(**options):
+    decision = Sparse(SlidingTiles(windows=((9, 8, 12),)), "int8_qk_fp8_pv", keep_steps=2)
+    return Policy(**{"decision": decision, "windows": WINDOWS} | options)
+
+
+def test_windows_go_by_site_and_only_where_it_is_sparse():
+    policy = windowed(dense_steps=0.5, exact_layers=("blocks.3.*",), dense_layers=("blocks.1.*",))
+    first, later = Step(index=0, total=4), Step(index=2, total=4)
+    sites = [site(name=f"blocks.{block}.attn1") for block in range(4)]
+    assert [policy(each, first) for each in sites] == [DENSE, DENSE, DENSE, EXACT]
+    own = dataclasses.replace(policy.decision, selector=SlidingTiles(windows=((3, 4, 6), (9, 4, 6))))
+    assert [policy(each, later) for each in sites] == [own, DENSE, policy.decision, EXACT]
+    assert [policy.decisions(each) for each in sites] == [{own, DENSE}, {DENSE}, {policy.decision, DENSE}, {EXACT}]
+    assert policy.phase(first) != policy.phase(later) == policy.phase(Step(index=3, total=4))
+    assert policy(site("cross", "blocks.0.attn1"), later) == EXACT
+
+
+def test_what_is_tuned_goes_before_windows():
+    policy = windowed(tuned=TUNED)
+    assert policy(site(name="blocks.0.attn1"), Step(index=0, total=3)) == EXACT
+    assert policy.decisions(site(name="blocks.0.attn1")) <= set(map(Dense, get_args(Precision)))
+
+
+def test_windows_of_heads_read_alike_in_every_layer():
+    policy = windowed()
+    shown = {str(policy(site(name=f"blocks.{block}.attn1"), Step())) for block in (0, 1)}
+    assert shown == {"sparse[sliding_tiles, a window a head, kept 2 steps] int8_qk_fp8_pv"}
+    assert "windows=((9, 8, 12),)" in str(policy.decision)
+
+
+WINDOWED = """
+precision = "int8_qk_16bit_pv"
+dense_steps = 0.3
+
+[windows]
+grid = [9, 8, 12]
+tile = [3, 4, 6]
+
+[windows.sites]
+"blocks.0.attn1" = [[3, 4, 6], [9, 4, 6]]
+"blocks.1.attn1" = [[9, 8, 12], [3, 4, 6]]
+"""
+
+
+def test_windows_are_read_from_a_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(WINDOWED)
+    decision = Sparse(SlidingTiles(windows=((9, 8, 12),)), "int8_qk_16bit_pv")
+    assert Policy.load(file) == Policy(name="mine", decision=decision, windows=WINDOWS, dense_steps=0.3)
+    for right, wrong in (
+        ("int8_qk_16bit_pv", "int3"),
+        ("0.3", "1.3"),
+        ("dense_steps = 0.3", ""),
+        ("[9, 8, 12]\n", "[9, 8]\n"),
+        ("[3, 4, 6]\n\n", "[3, 4, 0]\n\n"),
+        ("[9, 4, 6]", "[9, 4]"),
+        ("[9, 4, 6]", "9"),
+        ("[windows.sites]", "[windows.layers]"),
+        ("[windows]", "[sites]\n[windows]"),
+        (WINDOWED[WINDOWED.index('"blocks') :], ""),
+    ):
+        assert right in WINDOWED
+        file.write_text(WINDOWED.replace(right, wrong))
+        with pytest.raises(ValueError, match="mine.toml: wanted a policy of videoattn tune, got "):
+            Policy.load(file)
+
+
 def test_a_policy_is_taken_as_it_is():
     policy = Policy(name="mine", kinds=("temporal",), decision=Dense("int8_qk_fp8_pv"))
     assert Policy.of(policy) is policy
@@ -183,6 +259,32 @@ def test_decisions_read_as_reports_show_them():
         (lambda: Policy(dense_steps=20), ValueError, "Policy.dense_steps: wanted a share from 0 to 1, got 20"),
         (lambda: Policy(min_tokens=-1), ValueError, "wanted 0 or more, got 0 and -1"),
         (lambda: Policy(tuned={}), TypeError, "Policy.tuned: wanted a Tuned, got dict"),
+        (lambda: Policy(windows={}), TypeError, "Policy.windows: wanted a Windows, got dict"),
+        (
+            lambda: Policy(windows=WINDOWS),
+            ValueError,
+            "Policy.windows: wanted a decision that is Sparse with SlidingTiles, got exact",
+        ),
+        (
+            lambda: windowed(decision=Sparse("pooled")),
+            ValueError,
+            "wanted a decision that is Sparse with SlidingTiles, got sparse.pooled",
+        ),
+        (
+            lambda: dataclasses.replace(WINDOWS, sites=()),
+            ValueError,
+            "Windows.sites: wanted one site at least, got none",
+        ),
+        (
+            lambda: dataclasses.replace(WINDOWS, tile=(0, 4, 6)),
+            ValueError,
+            "Windows.tile: wanted .frames, height, width. of 1 at least, got .0, 4, 6.",
+        ),
+        (
+            lambda: dataclasses.replace(WINDOWS, sites=(("a", ()),)),
+            ValueError,
+            "SlidingTiles.windows: wanted tuples",
+        ),
         (lambda: Policy("exact"), TypeError, "positional"),
         (lambda: Policy(decisions=EXACT), TypeError, "decisions"),
         (

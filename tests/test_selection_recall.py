@@ -8,7 +8,7 @@ from videoattn.selection import recall as module
 from videoattn.selection.arrangement import Tokens, arrange
 from videoattn.selection.pooled import Pooled
 from videoattn.selection.random import Random
-from videoattn.selection.recall import recall
+from videoattn.selection.recall import block_mass, recall
 
 
 def laid_out(order="tiles", frames=5, block_q=16, **text):
@@ -126,3 +126,29 @@ def test_rows_are_checked():
     q, k = map(arrangement.arranged, inputs(arrangement))
     with pytest.raises(ValueError, match="wanted one row at least, got 0"):
         recall(q, k, mask_of(arrangement), arrangement, rows=0)
+
+
+@pytest.mark.parametrize(("order", "block_q"), [("tiles", 16), ("raster", 24), ("morton", 8)])
+@pytest.mark.parametrize("rows", [None, 1, 50])
+def test_the_mass_of_blocks_is_what_masks_keep_of_it(order, block_q, rows):
+    arrangement = laid_out(order, block_q=block_q, before=3, after=9)
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    mass = block_mass(q, k, arrangement, rows=rows, seed=3)
+    assert mass.shape == (2, 4, arrangement.queries.count, arrangement.keys.count) and mass.dtype == torch.float32
+    assert (mass >= 0).all()
+    torch.testing.assert_close(mass.sum((-1, -2)), torch.ones(2, 4))
+    for keep in (mask_of(arrangement, 2, 4), mask_of(arrangement)):
+        expected = recall(q, k, keep, arrangement, rows=rows, seed=3)
+        torch.testing.assert_close((mass * keep).sum((-1, -2)), expected)
+
+
+def test_the_mass_of_blocks_knows_scale_and_no_chunks(monkeypatch):
+    arrangement = laid_out()
+    q, k = map(arrangement.arranged, inputs(arrangement))
+    live = arrangement.keys.live.float()
+    expected = (live[:, None] * live / live.sum() ** 2).expand(2, 4, -1, -1)
+    for scores in (module.SCORES, 1):
+        monkeypatch.setattr(module, "SCORES", scores)
+        torch.testing.assert_close(block_mass(q, k, arrangement, scale=0.0), expected)
+    with pytest.raises(ValueError, match="wanted one row at least, got 0"):
+        block_mass(q, k, arrangement, rows=0)

@@ -10,12 +10,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 import torch
 
 import videoattn
 from videoattn import generation
+from videoattn.policy import Precision
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -141,16 +142,41 @@ def _parser() -> Parser:
     command.set_defaults(run=_calibrate)
 
     command = commands.add_parser(
-        "tune", help="which layers of a model can be quantised, for which error, into a policy"
+        "tune", help="which layers of a model can be quantised, or which windows its heads need, into a policy"
     )
     command.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a name in benchmarks/models.toml")
     generation.add_arguments(command, out="outputs/tuned.toml", preset=None)
     command.add_argument("--prompts", nargs="+", metavar="PROMPT", help="several, or a file with one a line")
-    command.add_argument(
-        "--target", default="cosine=0.998", help="cosine=, rel_l1= or rel_l2= of each attention call (%(default)s)"
+    command.add_argument("--samples", type=int, help="steps looked at: of each part 2, for windows 3")
+    wanted = command.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--target",
+        default="cosine=0.998",
+        help="a precision for each layer: cosine=, rel_l1= or rel_l2= of each attention call (%(default)s)",
     )
-    command.add_argument("--ranges", type=int, default=3, help="parts of the schedule told apart (%(default)s)")
-    command.add_argument("--samples", type=int, default=2, help="steps of each part looked at (%(default)s)")
+    wanted.add_argument(
+        "--windows",
+        metavar="recall=SHARE",
+        help="the smallest sliding-tile window for each head that keeps this share of the softmax mass: recall=0.9",
+    )
+    command.add_argument(
+        "--ranges", type=int, default=3, help="with --target: parts of the schedule told apart (%(default)s)"
+    )
+    command.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="int8_qk_fp8_pv",
+        help="with --windows: that they will run in (%(default)s)",
+    )
+    command.add_argument(
+        "--dense-steps",
+        type=float,
+        default=0.2,
+        help="with --windows: share of the steps, the first ones (%(default)s)",
+    )
+    command.add_argument(
+        "--block", type=int, default=128, help="with --windows: tokens of a tile, 64 with sdpa_masked (%(default)s)"
+    )
     command.set_defaults(run=_tune)
 
     command = commands.add_parser("bench", help="run a benchmark; its own flags follow its name")
@@ -306,11 +332,18 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
-    from videoattn import tuning
+    from videoattn import tuning, window_tuning
 
     if args.out.suffix != ".toml":
         raise ValueError(f"--out: wanted a file that ends in .toml, got {args.out}")
-    target = tuning.Target.parse(args.target)
+    if args.windows is None:
+        tune, options = tuning.tune, {"target": tuning.Target.parse(args.target), "ranges": args.ranges}
+    else:
+        recall = window_tuning.parse_recall(args.windows)
+        options = {name: getattr(args, name) for name in ("precision", "dense_steps", "block")}
+        tune, options = window_tuning.tune, {"recall": recall, **options}
+    if args.samples is not None:
+        options["samples"] = args.samples
     prompts = [args.prompt] if args.prompts is None else args.prompts
     if len(prompts) == 1 and prompts[0] is not None and Path(prompts[0]).is_file():
         prompts = [line for line in Path(prompts[0]).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -321,13 +354,11 @@ def _tune(args: argparse.Namespace) -> int:
         generation.call_arguments(pipe, each)  # raises before the first of them runs
     with Progress() as progress:
         task = progress.add_task("tuning", total=len(every))
-        made = tuning.tune(
+        made = tune(
             pipe,
             (lambda each=each: generation.generate(pipe, each) for each in every),
-            target=target,
-            ranges=args.ranges,
-            samples=args.samples,
             progress=lambda: progress.advance(task),
+            **options,
         )
     tuning.write(made, args.out)
     print(made)

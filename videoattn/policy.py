@@ -14,9 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, get_args
 
-from videoattn.call import KINDS, Kind, Site, Step
+from videoattn.call import KINDS, Grid, Kind, Site, Step
+from videoattn.selection.arrangement import Tile
 from videoattn.selection.pooled import Pooled
 from videoattn.selection.selector import Selector, label, selector_of
+from videoattn.selection.sliding_tiles import SlidingTiles, Window
 
 try:
     import tomllib
@@ -80,7 +82,9 @@ class Sparse:
 
     def __str__(self) -> str:
         kept = f", kept {self.keep_steps} steps" if self.keep_steps > 1 else ""
-        return f"sparse[{label(self.selector)}{kept}] {self.precision}"
+        several = isinstance(self.selector, SlidingTiles) and len(self.selector.windows) > 1
+        selected = "sliding_tiles, a window a head" if several else label(self.selector)  # alike in every layer
+        return f"sparse[{selected}{kept}] {self.precision}"
 
 
 Decision = Dense | Sparse
@@ -130,6 +134,34 @@ class Tuned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """The sliding-tile windows of each site.
+
+    Args:
+        sites: (name, windows), windows as `SlidingTiles` takes them: one for each head.
+        grid, tile: the video's, and the kernel's, that they were found for. They are in tokens: of another grid they keep
+            as many frames, rows and columns, and another tile rounds them.
+    """
+
+    sites: tuple[tuple[str, tuple[Window, ...]], ...]
+    grid: Grid
+    tile: Tile
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ValueError("Windows.sites: wanted one site at least, got none")
+        for _, windows in self.sites:
+            SlidingTiles(windows=windows)  # raises
+        if len(self.tile) != 3 or min(self.tile) < 1:
+            raise ValueError(f"Windows.tile: wanted (frames, height, width) of 1 at least, got {self.tile!r}")
+
+    def of(self, name: str) -> SlidingTiles | None:
+        """The selector of a site; None for other sites."""
+        windows = dict(self.sites).get(name)
+        return None if windows is None else SlidingTiles(windows=windows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """A pure function from (site, step) to a decision.
 
@@ -139,6 +171,8 @@ class Policy:
         kinds: the kinds of attention that `decision` is for.
         exact_layers: patterns (fnmatch) of site names that stay exact, e.g. ``("blocks.0.*",)``.
         tuned: what was measured of a model, in place of `decision` at the sites that it names (`videoattn tune`).
+        windows: those of the sites that it names, in place of those of `decision`, which is Sparse with SlidingTiles
+            (`videoattn tune --windows`).
 
     Where `decision` is Sparse, and one of these says so, attention is dense instead, in the decision's precision:
         dense_steps: share of the steps, the first ones, 0 to 1: they lay out the scene, and errors in them are not made good
@@ -154,6 +188,7 @@ class Policy:
     kinds: tuple[Kind, ...] = ("full", "joint", "spatial")
     exact_layers: tuple[str, ...] = ()
     tuned: Tuned | None = None
+    windows: Windows | None = None
     dense_steps: float = 0.0
     min_steps: int = 0
     min_tokens: int = 0
@@ -168,6 +203,10 @@ class Policy:
             _one_of("Policy.kinds", kind, KINDS)
         if self.tuned is not None and not isinstance(self.tuned, Tuned):
             raise TypeError(f"Policy.tuned: wanted a Tuned, got {type(self.tuned).__name__}")
+        if self.windows is not None and not isinstance(self.windows, Windows):
+            raise TypeError(f"Policy.windows: wanted a Windows, got {type(self.windows).__name__}")
+        if self.windows is not None and not isinstance(getattr(self.decision, "selector", None), SlidingTiles):
+            raise ValueError(f"Policy.windows: wanted a decision that is Sparse with SlidingTiles, got {self.decision}")
         if not 0.0 <= self.dense_steps <= 1.0:
             raise ValueError(f"Policy.dense_steps: wanted a share from 0 to 1, got {self.dense_steps}")
         if self.min_steps < 0 or self.min_tokens < 0:
@@ -185,7 +224,8 @@ class Policy:
             not self.sparse_at(step) or any(fnmatchcase(site.name, pattern) for pattern in self.dense_layers)
         ):
             return Dense(self.decision.precision)
-        return self.decision
+        selector = None if self.windows is None else self.windows.of(site.name)
+        return self.decision if selector is None else replace(self.decision, selector=selector)
 
     def sparse_at(self, step: Step) -> bool:
         """Whether a step may be sparse, whatever the site."""
@@ -213,19 +253,37 @@ class Policy:
 
     @classmethod
     def load(cls, path: Path | str) -> Policy:
-        """The policy that `videoattn tune` wrote; sites that it does not know stay exact.
+        """The policy that `videoattn tune` wrote; sites that it does not know stay exact, or keep all key blocks.
 
         Raises:
             ValueError: the file is no such policy.
         """
         path = Path(path)
         try:
-            tuned = Tuned(
-                sites=tuple((site, tuple(of)) for site, of in tomllib.loads(path.read_text())["sites"].items())
+            read = tomllib.loads(path.read_text(encoding="utf-8"))
+            if "windows" in read:
+                return cls._of_windows(path.stem, **read)
+            return cls(
+                name=path.stem, tuned=Tuned(sites=tuple((site, tuple(of)) for site, of in read["sites"].items()))
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: wanted a policy of videoattn tune, got {error}") from error
-        return cls(name=path.stem, tuned=tuned)
+
+    @classmethod
+    def _of_windows(
+        cls, name: str, *, windows: dict, precision: Precision, dense_steps: float, found: object = None
+    ) -> Policy:
+        """From what such a file holds. Other sites have one window as large as the grid."""
+        sites = tuple((site, tuple(map(tuple, of))) for site, of in windows["sites"].items())
+        frames, height, width = windows["grid"]
+        return cls(
+            name=name,
+            decision=Sparse(SlidingTiles(windows=((frames, height, width),)), precision),
+            windows=Windows(
+                sites=sites, grid=Grid(frames=frames, height=height, width=width), tile=tuple(windows["tile"])
+            ),
+            dense_steps=dense_steps,
+        )
 
     @classmethod
     def of(cls, policy: Policy | str) -> Policy:

@@ -16,17 +16,22 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import videoattn
 from videoattn import runner
+from videoattn.call import Step
 from videoattn.kernels import quantised_reference, reference
 from videoattn.policy import Policy, Precision, Tuned
 from videoattn.runner import Plan
 from videoattn.session import Session
 from videoattn.testing import plain_attention
+
+if TYPE_CHECKING:
+    from videoattn.window_tuning import WindowTuning
 
 OFFERED: tuple[Precision, ...] = ("int8_qk_fp8_pv", "int8_qk_16bit_pv", "exact")  # the fastest first
 STUDIED = "int4_qk_fp8_pv"  # shown beside them, not offered: no card's Triton multiplies INT4
@@ -45,7 +50,7 @@ class Target:
     @classmethod
     def parse(cls, text: str) -> Target:
         metric, _, value = text.partition("=")
-        if metric not in METRICS or not _is_share(value):
+        if metric not in METRICS or not is_share(value):
             raise ValueError(f"target: wanted one of {', '.join(METRICS)}, =, and a number in 0..1, got {text!r}")
         return cls(metric=metric, value=float(value))
 
@@ -179,21 +184,15 @@ def tune(
     """
     if ranges < 1 or samples < 1:
         raise ValueError(f"tune: wanted at least one range and one sample, got {ranges} and {samples}")
-    prompts = 0
-    with videoattn.fast_attention(pipe, "exact") as sessions:
-        meter = _Meter(sessions=sessions, ranges=ranges, samples=samples)
-        with meter:
-            for call in calls:
-                call()
-                prompts += 1
-                progress()
+    meter = _Meter(ranges=ranges, samples=samples)
+    seen = observe(pipe, calls, meter.see, progress)
     if not meter.errors:
         raise ValueError("tune: wanted self-attention without a mask, got none in these generations")
-    order = sorted(meter.errors, key=lambda key: (meter.order[key[0]], key[1]))
+    order = sorted(meter.errors, key=lambda key: (seen.order[key[0]], key[1]))
     return Tuning(
-        model=sessions[0].model_name,
+        model=seen.model,
         target=target,
-        prompts=prompts,
+        prompts=seen.prompts,
         steps=meter.steps,
         ranges=ranges,
         errors={key: meter.errors[key] for key in order},
@@ -202,30 +201,85 @@ def tune(
 
 @dataclass(kw_only=True)
 class _Meter:
-    """A context: what the calls of sessions err in each precision."""
+    """What calls err in each precision."""
 
-    sessions: Sequence[Session]
     ranges: int
     samples: int
     errors: dict[tuple[str, int], Errors] = field(default_factory=dict)
-    order: dict[str, int] = field(default_factory=dict)  # site -> its running number
     steps: int = 0
+
+    def see(self, site: str, step: Step, q, k, v, kv_len, scale) -> None:
+        self.steps = max(self.steps, step.total)
+        part = min(step.index * self.ranges // max(step.total, 1), self.ranges - 1)
+        if step.index not in self._looked_at(part, step.total):
+            return
+        errors = measure(_sample(q), k, v, scale=scale, kv_len=kv_len)
+        known = self.errors.setdefault((site, part), errors)
+        self.errors[site, part] = {each: known[each].worse(error) for each, error in errors.items()}
+
+    def _looked_at(self, part: int, total: int) -> set[int]:
+        first, last = -(-part * total // self.ranges), -(-(part + 1) * total // self.ranges)
+        return {first + i * (last - first) // self.samples for i in range(self.samples)}
+
+
+See = Callable[[str, Step, Tensor, Tensor, Tensor, Tensor | None, float | None], None]
+"""(site, step, q [B, Nq, H, D], k and v [B, Nk, Hkv, D], kv_len, scale) of a call of self-attention, before it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Generations that were observed.
+
+    Args:
+        model: the denoiser's class. prompts: how many there were.
+        order: site -> its running number. Denoisers of one pipeline share the names of their sites.
+    """
+
+    model: str
+    prompts: int
+    order: dict[str, int]
+
+
+def observe(pipe: object, calls: Iterable[Callable[[], object]], see: See, progress: Callable[[], None]) -> Seen:
+    """Generate in exact attention and show every call of self-attention without a mask, that is not causal either.
+
+    Args:
+        pipe, calls, progress: see `tune`.
+        see: what they are shown to.
+    """
+    prompts = 0
+    with videoattn.fast_attention(pipe, "exact") as sessions, _Observed(sessions=sessions, see=see) as order:
+        for call in calls:
+            call()
+            prompts += 1
+            progress()
+    return Seen(model=sessions[0].model_name, prompts=prompts, order=order)
+
+
+@dataclass(kw_only=True)
+class _Observed:
+    """A context that shows the calls of sessions; entered, it tells the running number of each site."""
+
+    sessions: Sequence[Session]
+    see: See
 
     def __post_init__(self) -> None:
         self._running: tuple[Session, str] | None = None  # of the attention module that runs
         self._undo = ExitStack()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> dict[str, int]:
+        order: dict[str, int] = {}
         for session in self.sessions:
             for patch in session.patches:
                 if patch.ours is not None and patch.site.kind in session.policy.kinds:
-                    self.order.setdefault(patch.site.name, patch.site.layer)
+                    order.setdefault(patch.site.name, patch.site.layer)
                     handle = patch.attn.register_forward_pre_hook(self._enter(session, patch.site.name))
                     self._undo.callback(handle.remove)
                     handle = patch.attn.register_forward_hook(self._leave, always_call=True)
                     self._undo.callback(handle.remove)
         runner.observers.append(self._see)
         self._undo.callback(runner.observers.remove, self._see)
+        return order
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
@@ -242,21 +296,10 @@ class _Meter:
     def _see(self, plan: Plan, q, k, v, mask, kv_len, scale) -> None:
         if self._running is None or mask is not None or plan.call.causal:
             return
-        (session, site), call = self._running, plan.call
-        step = session.step
-        self.steps = max(self.steps, step.total)
-        part = min(step.index * self.ranges // max(step.total, 1), self.ranges - 1)
-        if step.index not in self._looked_at(part, step.total):
-            return
-        if call.layout == "BHND":
+        session, site = self._running
+        if plan.call.layout == "BHND":
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        errors = measure(_sample(q), k, v, scale=scale, kv_len=kv_len)
-        known = self.errors.setdefault((site, part), errors)
-        self.errors[site, part] = {each: known[each].worse(error) for each, error in errors.items()}
-
-    def _looked_at(self, part: int, total: int) -> set[int]:
-        first, last = -(-part * total // self.ranges), -(-(part + 1) * total // self.ranges)
-        return {first + i * (last - first) // self.samples for i in range(self.samples)}
+        self.see(site, session.step, q, k, v, kv_len, scale)
 
 
 @torch.no_grad()
@@ -294,13 +337,14 @@ def _worst(pick: Callable[[float, float], float], a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else pick(a, b)
 
 
-def _is_share(text: str) -> bool:
+def is_share(text: str) -> bool:
+    """Whether a text is a number from 0 to 1."""
     try:
         return 0 <= float(text) <= 1
     except ValueError:
         return False
 
 
-def write(tuning: Tuning, path: Path) -> None:
+def write(tuning: Tuning | WindowTuning, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(tuning.toml(), encoding="utf-8")
