@@ -43,14 +43,27 @@ class SparseBackend:
         dense: the backend that computes the same with all blocks.
         attend: its kernel, along lists.
         blocks: how large they are.
+        remainder: whether the kernel keeps blocks that are left out in the softmax by their means, where a selector asks.
+        limits: what it does not take of what the dense kernel takes: (call) -> reason or None.
     """
 
-    def __init__(self, name: str, dense: Backend, attend: Attend, blocks: Blocks) -> None:
+    def __init__(
+        self,
+        name: str,
+        dense: Backend,
+        attend: Attend,
+        blocks: Blocks,
+        *,
+        remainder: bool = False,
+        limits: Callable[[Call], str | None] = lambda call: None,
+    ) -> None:
         self.name = name
         self.own = dense.own
         self.dense = dense
         self.attend = attend
         self.blocks = blocks
+        self.remainder = remainder
+        self.limits = limits
         self.kept = Kept()
 
     def __repr__(self) -> str:
@@ -70,7 +83,9 @@ class SparseBackend:
             return f"leaves key blocks out, asked for {decision}"
         if call.mask != "none" or call.causal:
             return "takes neither a mask nor causal attention"
-        reason = _refuses_tokens(call) or self.dense.refuses(call, Dense(decision.precision))
+        if _remainder(decision) and not self.remainder:
+            return "has no pooled remainder"
+        reason = _refuses_tokens(call) or self.limits(call) or self.dense.refuses(call, Dense(decision.precision))
         if reason is None and decision.selector.order == "tiles":
             if call.has_kv_len:
                 return "takes no lengths with tokens in tiles"
@@ -124,11 +139,12 @@ class SparseBackend:
 
     def _attend(self, selection: Selection, call: Call, flag: Tensor | None) -> Callable[..., Tensor]:
         """(q, k, v [B, N, H, D], kv_len, scale) -> out."""
+        options = {"flag": flag, **({"remainder": True} if _remainder(selection.decision) else {})}
 
         def attend(q, k, v, kv_len, scale):
             q, k, v = (selection.arranged(x) for x in (q, k, v))
             lists = selection.lists(lambda: selection.select(kv_len, q, k, scale), of_lengths=kv_len is not None)
-            return selection.restored(self.attend(q, k, v, scale=scale, kv_len=kv_len, flag=flag, lists=lists)[0])
+            return selection.restored(self.attend(q, k, v, scale=scale, kv_len=kv_len, lists=lists, **options)[0])
 
         return attend
 
@@ -184,6 +200,10 @@ class Selection:
     def listed(self, keep: Tensor, kv_len: Tensor | None) -> BlockList:
         """Lists from a selector's mask, bool [B or 1, H or 1, nq, nk]."""
         return lists_of(keep, self.required, self.arrangement, self.batch, self.heads, kv_len)
+
+
+def _remainder(decision: Sparse) -> bool:
+    return getattr(decision.selector, "remainder", False)
 
 
 def _refuses_tokens(call: Call) -> str | None:
