@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,57 +25,108 @@ import torch
 import videoattn
 from videoattn.backend import backends
 from videoattn.benchmarks import results
-from videoattn.call import Call
-from videoattn.policy import PRESETS
-from videoattn.quality import compare_videos
+from videoattn.call import Call, Grid
+from videoattn.policy import PRESETS, Decision
+from videoattn.quality import VideoDifference, compare_videos
+from videoattn.selection.arrangement import Tokens
+
+if TYPE_CHECKING:
+    from data import Size
+    from diffusers import WanPipeline
 
 EXAMPLES = results.HERE.parent / "examples"
 sys.path.append(str(EXAMPLES / "train_tiny"))
 
+MODEL = EXAMPLES / "models" / "tiny-wan"
 PAIRED = 16  # prompts whose videos are compared
+SHOWN = 6  # prompts on a contact sheet
+IDENTICAL = 150.0  # dB, the greatest that fp32 frames can tell
 
 
-def forced(head_dim: int, device: torch.device) -> str:
-    """The first of our kernels that computes what "balanced" asks for on this card."""
-    decision = PRESETS["balanced"].decision
-    sizes = {"batch": 2, "q_len": 4356, "kv_len": 4356, "heads": 2, "kv_heads": 2, "head_dim": head_dim}
-    call = Call(kind="full", layout="BNHD", dtype=torch.bfloat16, device=device, **sizes)
-    able = [each for each in backends() if each.own and each.computes(decision)]
-    names = [each.name for each in able if each.refuses(call, decision) is None]
+def load(model: Path, device: torch.device) -> WanPipeline:
+    """In bfloat16, on a CPU in fp32."""
+    from diffusers import WanPipeline
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe = WanPipeline.from_pretrained(str(model), dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_of(pipe: WanPipeline, size: Size, batch: int) -> Call:
+    """The self-attention call of clips of a size."""
+    grid = Grid(frames=1 + size.frames // 4, height=size.height // 16, width=size.width // 16)
+    model = pipe.transformer
+    heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+    sizes = {"q_len": grid.tokens, "kv_len": grid.tokens, "heads": heads, "kv_heads": heads, "head_dim": head_dim}
+    weight = model.blocks[0].attn1.to_q.weight  # the model's own dtype may be that of a norm, kept in fp32
+    where = {"dtype": weight.dtype, "device": weight.device, "tokens": Tokens(grid=grid)}
+    return Call(kind="full", layout="BNHD", batch=batch, **sizes, **where)
+
+
+def able(decision: Decision, call: Call) -> dict[str, str | None]:
+    """The backends that are for a decision, and why one refuses the call all the same; None where it does not."""
+    return {each.name: each.refuses(call, decision) for each in backends() if each.computes(decision)}
+
+
+def forced(decision: Decision, call: Call) -> str:
+    """The first of our kernels that computes a decision on this card."""
+    own = {each.name for each in backends() if each.own}
+    asked = {name: reason for name, reason in able(decision, call).items() if name in own}
+    names = [name for name, reason in asked.items() if reason is None]
     if not names:
-        raise ValueError(
-            f"wanted a kernel of ours for {decision}, got {[each.refuses(call, decision) for each in able] or 'none'}"
-        )
+        raise ValueError(f"wanted a kernel of ours for {decision}, got {list(asked.values()) or 'none'}")
     return names[-1]  # the one for this architecture alone stands last
 
 
-def psnr(videos: np.ndarray, references: np.ndarray) -> tuple[float, float]:
-    """dB, mean over the videos and the least; of two that are identical, the greatest that fp32 frames can tell."""
-    values = [
-        150.0 if (found := compare_videos(a, b)).identical else found.psnr
-        for a, b in zip(videos, references, strict=True)
-    ]
+def compare(videos: np.ndarray, references: np.ndarray) -> list[VideoDifference]:
+    """One by one, on all cores: SSIM takes seconds a clip."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compare_videos, videos, references))
+
+
+def psnr(found: Sequence[VideoDifference]) -> tuple[float, float]:
+    """dB, mean over the videos and the least."""
+    values = [IDENTICAL if each.identical else each.psnr for each in found]
     return float(np.mean(values)), float(np.min(values))
+
+
+def psnr_figures(case: str, found: Sequence[VideoDifference]) -> list[dict[str, object]]:
+    mean, worst = psnr(found)
+    return [
+        {"case": case, "metric": "psnr_mean_db", "value": mean, "unit": "dB"},
+        {"case": case, "metric": "psnr_worst_db", "value": worst, "unit": "dB"},
+    ]
+
+
+def save_sheet(
+    path: Path, prompts: Sequence[str], above: tuple[str, np.ndarray], below: tuple[str, np.ndarray]
+) -> None:
+    """The first prompts, each with its clip of two runs (name, clips)."""
+    from evaluate import contact_sheet
+
+    shown = min(SHOWN, len(prompts), len(above[1]), len(below[1]))
+    titles = [f"{name}: {prompt}" for prompt in prompts[:shown] for name, _ in (above, below)]
+    pairs = np.stack([clips[i] for i in range(shown) for _, clips in (above, below)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(titles, pairs).save(path)
 
 
 def main(argv: list[str] | None = None) -> int:
     from checker import read
     from data import LARGEST
-    from evaluate import GUIDANCE, STEPS, contact_sheet, generate
+    from evaluate import GUIDANCE, STEPS, generate
     from scenes import held_out_scenes
 
     parser = argparse.ArgumentParser(description="Quality of the presets on the trained model shipped here.")
     results.add_arguments(parser)
-    parser.add_argument("--model", type=Path, default=EXAMPLES / "models" / "tiny-wan")
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sheet", type=Path, help="a picture: exact above quantised, prompt by prompt")
     args = parser.parse_args(argv)
-    from diffusers import WanPipeline
 
-    device = torch.device("cuda")
-    pipe = WanPipeline.from_pretrained(str(args.model), dtype=torch.bfloat16).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(args.model, torch.device("cuda"))
     scenes = held_out_scenes(args.prompts)
     prompts = [scene.caption() for scene in scenes]
 
@@ -84,9 +138,10 @@ def main(argv: list[str] | None = None) -> int:
         return [(seen.colour, seen.shape, seen.direction) for seen in map(read, made)]
 
     exact = clips("exact", "sdpa")
-    kernel = forced(pipe.transformer.config.attention_head_dim, device)
+    balanced = PRESETS["balanced"].decision
+    kernel = forced(balanced, call_of(pipe, LARGEST, args.batch))
     quantised = clips("balanced", kernel)
-    share = videoattn.report(pipe).shares.get(str(PRESETS["balanced"].decision), 0.0)
+    share = videoattn.report(pipe).shares.get(str(balanced), 0.0)
     wanted = [(s.things[0].colour, s.things[0].shape, s.things[0].direction) for s in scenes]
     before, after = ([a == b for a, b in zip(followed(made), wanted, strict=True)] for made in (exact, quantised))
     runs = {
@@ -97,11 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     figures = []
     for case, made in runs.items():
-        mean, worst = psnr(made[:PAIRED], exact[:PAIRED])
-        figures += [
-            {"case": case, "metric": "psnr_mean_db", "value": mean, "unit": "dB"},
-            {"case": case, "metric": "psnr_worst_db", "value": worst, "unit": "dB"},
-        ]
+        figures += psnr_figures(case, compare(made[:PAIRED], exact[:PAIRED]))
     figures += [
         {"case": "tiny-wan balanced", "metric": "forced_share", "value": share, "unit": kernel},
         {
@@ -117,10 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     for figure in figures:
         print(f"{figure['case']:30s} {figure['metric']:18s} {figure['value']:.4g} {figure['unit']}")
     if args.sheet is not None:
-        shown = [name for prompt in prompts[:6] for name in (f"exact: {prompt}", f"quantised: {prompt}")]
-        pairs = np.stack([made[i] for i in range(6) for made in (exact, quantised)])
-        args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(shown, pairs).save(args.sheet)
+        save_sheet(args.sheet, prompts, ("exact", exact), ("quantised", quantised))
     return 0
 
 
