@@ -95,6 +95,7 @@ def curves() -> dict[str, dict[object, Selector]]:
         "pooled, raster": {each: Pooled(density=each, order="raster") for each in DENSITIES},
         "xattention": {each: XAttention(stride=STRIDE, density=each) for each in DENSITIES},
         "xattention, morton": {each: XAttention(stride=STRIDE, density=each, order="morton") for each in DENSITIES},
+        "xattention s16, morton": {each: XAttention(density=each, order="morton") for each in DENSITIES},
         "xattention by tau, morton": {each: XAttention(stride=STRIDE, tau=each, order="morton") for each in MASS_TAUS},
         "sliding tiles": {_joined(each): SlidingTiles(windows=(each,)) for each in WINDOWS},
         "radial": {each: Radial(decay_factor=each) for each in DECAYS},
@@ -121,7 +122,9 @@ def runs(steps: int, dense_steps: float) -> dict[str, Run]:
             add(f"{curve}: {point}", Sparse(selector))
     for each in DENSITIES:
         add(f"pooled, portable: {each}", Sparse(Pooled(density=each)), PORTABLE)
-        add(f"pooled, remainder: {each}", Sparse(Pooled(density=each, remainder=True)), PORTABLE)
+        add(f"pooled, remainder: {each}", Sparse(Pooled(density=each), remainder=True), PORTABLE)
+        of_mass = XAttention(stride=STRIDE, density=each, order="morton")
+        add(f"xattention, morton, remainder: {each}", Sparse(of_mass, remainder=True), PORTABLE)
     fast = replace(PRESETS["fast"], dense_steps=dense_steps, min_steps=0, min_tokens=0)
     made[FAST] = Run(policy=fast, backends=BACKENDS, steps=steps)
     in_16_bits = replace(fast.decision, precision="exact")

@@ -43,7 +43,7 @@ class SparseBackend:
         dense: the backend that computes the same with all blocks.
         attend: its kernel, along lists.
         blocks: how large they are.
-        remainder: whether the kernel keeps blocks that are left out in the softmax by their means, where a selector asks.
+        remainder: whether the kernel keeps blocks that are left out in the softmax by their means, where asked to.
         limits: what it does not take of what the dense kernel takes: (call) -> reason or None.
     """
 
@@ -83,7 +83,7 @@ class SparseBackend:
             return f"leaves key blocks out, asked for {decision}"
         if call.mask != "none" or call.causal:
             return "takes neither a mask nor causal attention"
-        if _remainder(decision) and not self.remainder:
+        if decision.remainder and not self.remainder:
             return "has no pooled remainder"
         reason = _refuses_tokens(call) or self.limits(call) or self.dense.refuses(call, Dense(decision.precision))
         if reason is None and decision.selector.order == "tiles":
@@ -139,7 +139,7 @@ class SparseBackend:
 
     def _attend(self, selection: Selection, call: Call, flag: Tensor | None) -> Callable[..., Tensor]:
         """(q, k, v [B, N, H, D], kv_len, scale) -> out."""
-        options = {"flag": flag, **({"remainder": True} if _remainder(selection.decision) else {})}
+        options = {"flag": flag, **({"remainder": True} if selection.decision.remainder else {})}
 
         def attend(q, k, v, kv_len, scale):
             q, k, v = (selection.arranged(x) for x in (q, k, v))
@@ -200,10 +200,6 @@ class Selection:
     def listed(self, keep: Tensor, kv_len: Tensor | None) -> BlockList:
         """Lists from a selector's mask, bool [B or 1, H or 1, nq, nk]."""
         return lists_of(keep, self.required, self.arrangement, self.batch, self.heads, kv_len)
-
-
-def _remainder(decision: Sparse) -> bool:
-    return getattr(decision.selector, "remainder", False)
 
 
 def _refuses_tokens(call: Call) -> str | None:

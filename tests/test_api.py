@@ -41,7 +41,9 @@ def test_everything_public_is_documented():
 
 
 @pytest.mark.parametrize(
-    ("preset", "asked"), [("balanced", "int8_qk_fp8_pv"), ("fast", "sparse[pooled] int8_qk_fp8_pv")]
+    # Videos as small as these stay dense in "fast".
+    ("preset", "asked"),
+    [("balanced", "int8_qk_fp8_pv"), ("fast", "int8_qk_fp8_pv")],
 )
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "latte"])
 def test_without_a_gpu_presets_compute_exactly_and_say_what_they_would_do(name, preset, asked):

@@ -46,7 +46,7 @@ def among(monkeypatch):
 def test_of_those_that_accept_the_table_decides(among, monkeypatch):
     asked = []
 
-    def choose(call, names, bounded=()):
+    def choose(call, names, bounded=(), sparse=None):
         asked.append((call, names, bounded))
         return names[-1], "measured 2.00x"
 
@@ -62,7 +62,7 @@ def test_of_those_that_accept_the_table_decides(among, monkeypatch):
 def test_the_table_chooses_between_what_is_asked_for_and_what_errs_less(among, monkeypatch):
     asked = []
 
-    def choose(call, names, bounded=()):
+    def choose(call, names, bounded=(), sparse=None):
         asked.append((names, bounded))
         return bounded[taken], "measured 2.00x"
 
@@ -82,7 +82,7 @@ def test_the_table_chooses_between_what_is_asked_for_and_what_errs_less(among, m
 
 
 def test_where_the_kernels_of_a_decision_refuse_their_reason_is_told(among, monkeypatch):
-    monkeypatch.setattr(measured, "choose", lambda call, names, bounded=(): (names[0], ""))
+    monkeypatch.setattr(measured, "choose", lambda call, names, bounded=(), sparse=None: (names[0], ""))
     among(Stub("sdpa"), Stub("eight", takes=(), for_=(BOUNDED,), reason="takes no mask"))
     on_gpu = dataclasses.replace(CALL, device=torch.device("cuda"))
     assert select(on_gpu, BOUNDED).why == "int8_qk_fp8_pv -> exact: takes no mask"

@@ -45,7 +45,7 @@ def no_tf32():
         library.allow_tf32 = allowed
 
 
-def ours_first(call, names, bounded=()):
+def ours_first(call, names, bounded=(), sparse=None):
     """In place of `measured.choose`: each of our kernels for what it was written for, wherever it can."""
     wanted = ("triton_temporal", "triton_flash") if call.kind == "temporal" else ("triton_hopper", "triton_flash")
     return next((name for name in (*wanted, *names) if name in names), names[0]), "forced"

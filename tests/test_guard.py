@@ -65,7 +65,7 @@ def plant(monkeypatch):
     def plant(*planted):
         monkeypatch.setattr(backend_module, "backends", lambda: (*planted, *BACKENDS))
         monkeypatch.setattr("videoattn.session.backends", lambda: (*planted, *BACKENDS))
-        monkeypatch.setattr(measured, "choose", lambda call, names, bounded=(): (names[0], ""))
+        monkeypatch.setattr(measured, "choose", lambda call, names, bounded=(), sparse=None: (names[0], ""))
         monkeypatch.setattr(verify, "_found", {})
         return planted[0]
 

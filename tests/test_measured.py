@@ -329,7 +329,7 @@ def test_the_report_says_why_and_what_was_passed_over(here):
     shapes = []
     seen = measured.choose
 
-    def spy(call, names, bounded=()):
+    def spy(call, names, bounded=(), sparse=None):
         shapes.append(call)
         return seen(call, names, bounded)
 

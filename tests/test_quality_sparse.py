@@ -42,7 +42,7 @@ def test_every_selector_and_every_control_runs():
     assert {run.policy.decision.selector.order for case, run in SPARSE.items() if case.startswith("random")} == {
         run.policy.decision.selector.order for run in SPARSE.values()
     }
-    assert any(run.policy.decision.selector.remainder for run in SPARSE.values() if "remainder" in run.policy.name)
+    assert all(run.policy.decision.remainder == ("remainder" in run.policy.name) for run in SPARSE.values())
     assert {run.policy.decision.keep_steps for run in SPARSE.values()} == {1, *quality_sparse.KEPT}
     assert RUNS["fast"].policy.decision == PRESETS["fast"].decision
     assert RUNS["noise floor"].policy.decision == EXACT

@@ -228,5 +228,4 @@ def test_it_needs_q_and_k():
 
 def test_plans_go_by_it():
     assert Pooled() == Pooled(tau=1.0) and hash(Pooled()) == hash(Pooled(tau=1.0))
-    assert Pooled(remainder=True) != Pooled() and not Pooled().remainder
     assert Pooled.dynamic and Pooled().order == "morton" and Pooled(density=0.2).tau is None

@@ -16,9 +16,9 @@ from typing import Literal, get_args
 
 from videoattn.call import KINDS, Grid, Kind, Site, Step
 from videoattn.selection.arrangement import Tile
-from videoattn.selection.pooled import Pooled
 from videoattn.selection.selector import Selector, label, selector_of
 from videoattn.selection.sliding_tiles import SlidingTiles, Window
+from videoattn.selection.xattention import XAttention
 
 try:
     import tomllib
@@ -64,12 +64,15 @@ class Sparse:
         precision: of the two matrix products.
         first_frame: whether the key blocks of the first frame alone are kept by all.
         keep_steps: how many steps in a row a selection serves, its own included.
+        remainder: whether key blocks that are left out stay in the softmax by their mean key and value, the pooled
+            remainder (Sol-Attn, arXiv:2607.24027); not every kernel has it.
     """
 
     selector: Selector | str = "pooled"
     precision: Precision = "exact"
     first_frame: bool = True
     keep_steps: int = 1
+    remainder: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.selector, str):
@@ -301,7 +304,7 @@ PRESETS = {
     "balanced": Policy(name="balanced", decision=Dense("int8_qk_fp8_pv")),
     "fast": Policy(
         name="fast",
-        decision=Sparse(Pooled(density=0.35), "int8_qk_fp8_pv"),
+        decision=Sparse(XAttention(stride=16, density=0.3, order="morton"), "int8_qk_fp8_pv"),
         dense_steps=0.2,
         min_steps=10,
         min_tokens=8192,

@@ -149,10 +149,10 @@ class Session:
                 dtype=weight.dtype,
                 device=weight.device,
             )
-            computed = stand_in(backend, decision)
-            if isinstance(computed, Sparse):  # of which blocks is found out when it runs
-                backend, computed = backend.dense, Dense(computed.precision)
-            reason = backend.refuses(call, computed)
+            computed, asked_of = stand_in(backend, decision), backend
+            if hasattr(backend, "dense"):  # of which blocks is found out when it runs
+                computed, asked_of = Dense(computed.precision), backend.dense
+            reason = asked_of.refuses(call, computed)
             if reason is not None:
                 raise ValueError(f"backend {self.backend!r} refuses {self.model_name} {patch.site.name}: {reason}")
 

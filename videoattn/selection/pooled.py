@@ -36,8 +36,6 @@ class Pooled:
             score reaches it keeps nothing.
         density: instead, the share of the video's key blocks to keep, the best ones, rounded up.
         order: in which the tokens lie; as published, Morton order.
-        remainder: whether key blocks that are left out stay in the softmax by their means, as published. That is for a
-            kernel to do, and not every one can; it changes no mask.
 
     NaN: a query block with a NaN score keeps every key block of the video; one in k concerns all query blocks of the
     head.
@@ -48,7 +46,6 @@ class Pooled:
     tau: float | None = None
     density: float | None = None
     order: Order = "morton"
-    remainder: bool = False
 
     def __post_init__(self) -> None:
         if self.tau is None and self.density is None:
