@@ -182,9 +182,22 @@ def test_the_check_before_the_first_call(backend, order, head_dim):
         for has_kv_len in (False, True):
             for call in calls(backend, lies, head_dim=head_dim, has_kv_len=has_kv_len):
                 for precision in ("exact", "int8_qk_fp8_pv", "int8_qk_16bit_pv"):
-                    decision = Sparse(Pooled(density=0.5, order=order), precision)
-                    if backend.computes(decision) and backend.refuses(call, decision) is None:
-                        assert fault(backend, call, decision) is None
+                    for remainder in (False, True):
+                        decision = Sparse(Pooled(density=0.5, order=order), precision, remainder=remainder)
+                        if backend.computes(decision) and backend.refuses(call, decision) is None:
+                            assert fault(backend, call, decision) is None
+
+
+def test_the_remainder_changes_what_is_left_out():
+    (backend,) = (each for each in BACKENDS if each.remainder)
+    call = next(calls(backend, "morton"))
+    q, k, v = make_qkv(call.batch, call.q_len, call.kv_len, call.heads, call.head_dim, dtype=BF16, device=DEVICE)
+    outs = []
+    for remainder in (False, True):
+        decision = Sparse(Pooled(density=0.3), remainder=remainder)
+        outs.append(backend.plan(call, decision)(q, k, v, None, None, None))
+    exact, _ = reference.attend(q, k, v)
+    assert (outs[1] - exact).norm() < (outs[0] - exact).norm()
 
 
 @pytest.mark.parametrize("name", SELECTORS)

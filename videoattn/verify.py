@@ -24,7 +24,7 @@ from torch import Tensor
 from videoattn import guard
 from videoattn.backend import Backend, Choice, select
 from videoattn.call import Call, Grid
-from videoattn.kernels import quantised_reference, reference
+from videoattn.kernels import block_sparse_reference, quantised_reference, reference
 from videoattn.policy import EXACT, Decision, Dense, Precision, Sparse
 from videoattn.selection.arrangement import Tokens
 from videoattn.selection.random import Random
@@ -74,7 +74,9 @@ def select_verified(call: Call, decision: Decision, name: str = "auto") -> Choic
 
 def fault(backend: Backend, call: Call, decision: Decision) -> str | None:
     """What is wrong with a backend on calls of this class, None where it is right; found out once a process."""
-    of = (decision.precision, decision.selector.order) if isinstance(decision, Sparse) else decision
+    of = decision
+    if isinstance(decision, Sparse):
+        of = decision.precision, decision.selector.order, decision.remainder
     key = (backend.name, of, _shape_class(call), call.dtype, call.device)
     if key not in _found:
         if guard.capturing(call.device):
@@ -146,6 +148,11 @@ def _check_lists(backend: Backend, call: Call, decision: Sparse) -> str | None:
             else:
                 out = run(*(x.transpose(1, 2).contiguous() for x in qkv), None, kv_len, None).transpose(1, 2)
             exact, _ = reference.attend(*qkv, mask=mask, kv_len=kv_len)
+            if decision.remainder:
+                selection = backend.selection(call, decision)
+                arranged = (selection.arranged(x) for x in qkv)
+                means_too, _ = block_sparse_reference.attend(*arranged, selection.select(kv_len), pooled=True)
+                exact = selection.restored(means_too)
             plain = PLAIN[Dense(decision.precision)](*qkv, mask=mask, kv_len=kv_len)
             wrong = excess(out, exact, plain, factor=FACTOR)
             if wrong is not None:
