@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ CASES = (
 TOLERANCE = {"exact": 0.05, "balanced": 0.3, "fast": 1.0}  # rel_l2 beyond which a run is wrong and not merely rounded
 
 
+STEPS, DENSE = 50, "balanced"  # of a generation, of which "fast" computes the dense steps as "balanced" does
 REACHED = 0.34  # of the key blocks, by "fast" on tiny-wan (quality_sparse.csv), where rounding up counts for more
 
 
@@ -54,6 +56,24 @@ def a_step_of(preset: str) -> Policy:
         return policy
     return replace(
         policy, decision=replace(policy.decision, selector=replace(policy.decision.selector, density=REACHED))
+    )
+
+
+def over_steps(preset: str, sparse: timing.Comparison, dense: timing.Comparison) -> timing.Comparison:
+    """The mean of STEPS steps, of which the first ones are dense."""
+    share = math.ceil(PRESETS[preset].dense_steps * STEPS) / STEPS
+
+    def mean(a: float, b: float) -> float:
+        return 1 / (share / a + (1 - share) / b)
+
+    return replace(
+        sparse,
+        name=f"{preset}, mean of {STEPS} steps",
+        median_ms=share * dense.median_ms + (1 - share) * sparse.median_ms,
+        ratio=mean(dense.ratio, sparse.ratio),
+        ci_lo=mean(dense.ci_lo, sparse.ci_lo),
+        ci_hi=mean(dense.ci_hi, sparse.ci_hi),
+        verdict=timing.verdict(mean(dense.ci_lo, sparse.ci_lo), mean(dense.ci_hi, sparse.ci_hi), sparse.noise),
     )
 
 
@@ -93,13 +113,17 @@ def measure(
     overrides: models.Spec | None,
     *,
     compiled: bool = False,
-) -> tuple[timing.Comparison, dict[str, int], videoattn.reports.Report]:
-    """Patched against unpatched, peak bytes of both (empty on a CPU), and the report of what was patched."""
+) -> tuple[dict[str, timing.Comparison], dict[str, int], videoattn.reports.Report]:
+    """Patched against unpatched, of a preset that leaves key blocks out also its dense steps, peak bytes of both (empty on a
+    CPU), and the report of what was patched."""
     plain = models.denoiser(name, device=device, overrides=overrides)
-    fast = videoattn.enable_fast_attention(twin(plain), a_step_of(preset))
+    patched = {preset: videoattn.enable_fast_attention(twin(plain), a_step_of(preset))}
+    fast = patched[preset]
+    if isinstance(PRESETS[preset].decision, Sparse):
+        patched[DENSE] = videoattn.enable_fast_attention(twin(plain), DENSE)
     if compiled:
-        compile_in_place(plain)
-        compile_in_place(fast)
+        for each in (plain, *patched.values()):
+            compile_in_place(each)
 
     def run(denoiser: nn.Module) -> Callable[..., torch.Tensor]:
         @torch.no_grad()
@@ -111,21 +135,22 @@ def measure(
     def inputs(seed: int) -> timing.Inputs:
         return (models.inputs(name, *size, device=device, overrides=overrides, seed=seed),)
 
-    result = timing.compare(
+    compared = timing.compare(
         run(plain),
-        {preset: run(fast)},
+        {who: run(each) for who, each in patched.items()},
         inputs,
         check(TOLERANCE[preset]),
         device=device,
         seconds=seconds,
         min_rounds=3,
         full_queue=False,
-    )[preset]
+    )
+    compared.pop("control")
     arguments = inputs(0)
     peaks = {}
     if device.type == "cuda":
         peaks = {who: peak(lambda f=f: run(f)(*arguments), device) for who, f in (("unpatched", plain), (preset, fast))}
-    return result, peaks, videoattn.report(fast)
+    return compared, peaks, videoattn.report(fast)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,21 +170,30 @@ def main(argv: list[str] | None = None) -> int:
     wrong = []
     for case, name, size in chosen:
         try:
-            result, peaks, report = measure(name, size, args.preset, device, args.seconds, None, compiled=args.compile)
+            compared, peaks, report = measure(
+                name, size, args.preset, device, args.seconds, None, compiled=args.compile
+            )
         except (timing.WrongOutput, torch.OutOfMemoryError) as error:
             wrong.append(f"{case}: {error}")
             continue
-        print(f"{case}: {result}\n{report}", flush=True)
-        row = results.timing(
-            result,
-            case=case,
-            shape=f"batch {models.spec(name)['batch']}",
-            dtype=models.spec(name)["dtype"],
-            kernel=args.preset,
-            baseline="torch.compile" if args.compile else "eager",
-        )
-        results.append("forward", [row], env, args.results)
-        results.append_samples("forward", row, result, args.samples)
+        result = compared[args.preset]
+        shown = [result]
+        if DENSE in compared and args.preset != DENSE:
+            shown.append(over_steps(args.preset, result, compared[DENSE]))
+        for each in shown:
+            print(f"{case}: {each}", flush=True)
+            row = results.timing(
+                each,
+                case=case,
+                shape=f"batch {models.spec(name)['batch']}",
+                dtype=models.spec(name)["dtype"],
+                kernel=each.name,
+                baseline="torch.compile" if args.compile else "eager",
+            )
+            results.append("forward", [row], env, args.results)
+            if each is result:
+                results.append_samples("forward", row, result, args.samples)
+        print(report, flush=True)
         if peaks and not args.compile:
             values = [(f"peak_{who}", count / 2**30, "GiB") for who, count in peaks.items()]
             values.append((f"peak_ratio_{args.preset}", peaks[args.preset] / peaks["unpatched"], "patched/unpatched"))

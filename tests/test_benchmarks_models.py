@@ -1,6 +1,8 @@
 # videoattn
 """models.toml describes models that diffusers builds, and the inputs are what their denoisers take."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -123,6 +125,20 @@ def test_a_twin_shares_every_tensor_and_no_module():
 
 
 def test_a_forward_is_measured_patched_against_unpatched():
-    result, peaks, report = forward.measure("ltx", (64, 64, 9), "exact", torch.device("cpu"), 0.01, THIN["ltx"])
+    compared, peaks, report = forward.measure("ltx", (64, 64, 9), "exact", torch.device("cpu"), 0.01, THIN["ltx"])
+    (result,) = compared.values()
     assert result.error < forward.TOLERANCE["exact"] and result.median_ms > 0 and peaks == {}
     assert {site.adapter for site in report.sites} == {"ltx"}
+
+
+def test_the_mean_over_a_generation_counts_its_dense_steps():
+    """10 of 50 steps at 1.25x and 40 at 2x: 50 / (8 + 20)."""
+    compared, _, _ = forward.measure("ltx", (64, 64, 9), "fast", torch.device("cpu"), 0.01, THIN["ltx"])
+    assert set(compared) == {"fast", "balanced"}
+    sparse, dense = (
+        replace(compared[who], ratio=ratio, ci_lo=ratio, ci_hi=ratio, median_ms=100 / ratio, noise=0.0)
+        for who, ratio in (("fast", 2.0), ("balanced", 1.25))
+    )
+    mean = forward.over_steps("fast", sparse, dense)
+    assert mean.name == "fast, mean of 50 steps" and mean.verdict == "faster"
+    assert mean.ratio == mean.ci_lo == mean.ci_hi == pytest.approx(50 / 28) and mean.median_ms == pytest.approx(56.0)
