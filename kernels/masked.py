@@ -44,6 +44,8 @@ def attend(
 class Masked(SparseBackend):
     """See above."""
 
+    named_only = True
+
     def refuses(self, call: Call, decision) -> str | None:
         reason = super().refuses(call, decision)
         size = call.batch * call.heads * call.q_len * call.kv_len

@@ -23,8 +23,9 @@ from videoattn.policy import Decision, Dense, Sparse
 from videoattn.selection.arrangement import Arrangement, arrange
 from videoattn.selection.block_list import BlockList
 from videoattn.selection.kept import Kept
-from videoattn.selection.selector import lists_of, required
+from videoattn.selection.selector import Selector, lists_of, required
 
+MOST_BLOCKS = 4096  # of keys; in tiles some more
 UNKNOWN = 0.5  # density of a selector that goes by a threshold
 
 
@@ -86,13 +87,18 @@ class SparseBackend:
         if decision.remainder and not self.remainder:
             return "has no pooled remainder"
         reason = _refuses_tokens(call) or self.limits(call) or self.dense.refuses(call, Dense(decision.precision))
-        if reason is None and decision.selector.order == "tiles":
-            if call.has_kv_len:
-                return "takes no lengths with tokens in tiles"
-            block_q, block_k = self.blocks(call, True)
-            if block_q != block_k:
-                return f"takes tiles in blocks of one size, got {block_q} queries and {block_k} keys"
-        return reason
+        return self._refuses_blocks(call, decision.selector) if reason is None else reason
+
+    def _refuses_blocks(self, call: Call, selector: Selector) -> str | None:
+        tiles = selector.order == "tiles"
+        block_q, block_k = self.blocks(call, tiles)
+        if tiles and call.has_kv_len:
+            return "takes no lengths with tokens in tiles"
+        if tiles and block_q != block_k:
+            return f"takes tiles in blocks of one size, got {block_q} queries and {block_k} keys"
+        if call.kv_len > MOST_BLOCKS * block_k:
+            return f"takes at most {MOST_BLOCKS} blocks of keys, got {call.kv_len} keys"
+        return selector.refuses(call.heads, block_q, block_k) if hasattr(selector, "refuses") else None
 
     def expected_density(self, call: Call, decision: Sparse) -> float:
         """The share of the keys that a query attends to: of fixed lists, or of what is asked for beside what is required.
@@ -168,7 +174,8 @@ class Selection:
 
     def __post_init__(self) -> None:
         self.required = required(self.arrangement, first_frame=self.decision.first_frame)
-        self._fixed: BlockList | None = None  # of a selector that looks at neither q nor k
+        self._mask: Tensor | None = None  # of a selector that looks at neither q nor k, and
+        self._fixed: BlockList | None = None  # its lists
 
     def arranged(self, x: Tensor) -> Tensor:
         return x if self.in_order else self.arrangement.arranged(x)
@@ -194,8 +201,11 @@ class Selection:
     def select(self, kv_len: Tensor | None, *seen: Tensor | float | None) -> BlockList:
         """New lists. seen: q [B, P, H, D] and k [B, P, Hkv, D] arranged, and scale; of a selector that looks at them."""
         selector = self.decision.selector
-        keep = selector.keep(self.arrangement, self.heads, *(seen if selector.dynamic else ()))
-        return self.listed(keep, kv_len)
+        if selector.dynamic:
+            return self.listed(selector.keep(self.arrangement, self.heads, *seen), kv_len)
+        if self._mask is None:
+            self._mask = selector.keep(self.arrangement, self.heads)
+        return self.listed(self._mask, kv_len)
 
     def listed(self, keep: Tensor, kv_len: Tensor | None) -> BlockList:
         """Lists from a selector's mask, bool [B or 1, H or 1, nq, nk]."""

@@ -37,7 +37,7 @@ class Adapter:
     name: str
     kinds: tuple[tuple[str, Kind], ...]
     processors: Mapping[type, type[FastProcessor]] = field(default_factory=dict)
-    grid: Callable[[nn.Module, Inputs], Grid] | None = None
+    grid: Callable[[nn.Module, Inputs], Grid | None] | None = None
     kv_len: Callable[[nn.Module, Inputs], Tensor | None] | None = None
     kv_len_from: tuple[str, ...] = ()
     seams: Seams | None = None

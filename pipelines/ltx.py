@@ -39,8 +39,12 @@ class LTXProcessor(FastProcessor):
         return project_out(attn, self.attend(attn.heads, stream, kv_len=kv_len))
 
 
-def grid(model, inputs) -> Grid:
-    return Grid(frames=inputs["num_frames"], height=inputs["height"], width=inputs["width"])
+def grid(model, inputs) -> Grid | None:
+    """None where the tokens are not one video's, frame by frame: the condition pipeline puts others in front."""
+    sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+    if None in sizes or math.prod(sizes) != inputs["hidden_states"].shape[1]:
+        return None
+    return Grid(frames=sizes[0], height=sizes[1], width=sizes[2])
 
 
 def kv_len(model, inputs) -> Tensor | None:
@@ -51,9 +55,7 @@ def kv_len(model, inputs) -> Tensor | None:
 
 
 def keeps_order(model, inputs) -> str | None:
-    sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
-    whole = None not in sizes and math.prod(sizes) == inputs["hidden_states"].shape[1]
-    return None if whole else "tokens that are not one video's, frame by frame"
+    return "tokens that are not one video's, frame by frame" if grid(model, inputs) is None else None
 
 
 ADAPTER = Adapter(

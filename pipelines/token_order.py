@@ -65,7 +65,9 @@ def refuses(model: nn.Module) -> str | None:
     Looks for what the host or the user has put into the layers. That walks every module (about a millisecond), so it is
     for the start of a generation; `Seams.refuses` is for each call.
     """
-    if not type(model).forward.__module__.startswith("diffusers."):
+    own = vars(model)
+    patched = "forward" in own and not {"_hf_hook", "_diffusers_hook"} & own.keys()  # accelerate's and diffusers' hooks
+    if patched or not type(model).forward.__module__.startswith("diffusers."):
         return f"{type(model).__name__} has a forward of its own"
     if getattr(model, "_parallel_config", None) is not None:
         return "runs in parallel on several devices"

@@ -109,7 +109,7 @@ class Figures:
         if self.shared > 1024 * SHARED_KIB[case.capability]:
             found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.capability]}")
         if (
-            case.kernel in ("flash", "block_sparse", "quantised")
+            case.kernel in ("flash", "block_sparse", "antidiagonal", "quantised")
             and case.capability == 90
             and case.dtype != "fp32"
             and set(self.products) != {"wgmma"}
@@ -302,7 +302,7 @@ def compiled(case: Case) -> Figures:
             "prepare": ["_prepare"],
             "quantise": ["_statistics", "_operands"],
             "block_sparse": ["_pool", "_forward"],
-            "antidiagonal": ["_regroup", "_block_sums"],
+            "antidiagonal": ["_regroup", "_tile_sums", "_masses"],
         }
         for name in names.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))

@@ -454,3 +454,11 @@ def test_a_denoiser_without_the_modules_stays_as_it_was():
     with pytest.raises(ValueError, match="wanted a module 'proj_out', got none"):
         TokenOrder(model, Seams(enter="0", leave="proj_out"))
     assert hook_count(model) == 0
+
+
+def test_a_forward_set_on_the_denoiser_itself_is_a_reason():
+    """As packages do that keep tokens from step to step."""
+    model = build("wan").transformer
+    assert refuses(model) is None
+    model.forward = model.forward
+    assert refuses(model) == "WanTransformer3DModel has a forward of its own"

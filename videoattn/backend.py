@@ -134,6 +134,8 @@ def select(
     refusals: list[tuple[str, str]] = []
     accepted: dict[str, tuple[Backend, Decision]] = {}
     for backend in backends():
+        if getattr(backend, "named_only", False) and backend is not named:
+            continue
         computed = stand_in(backend, decision)
         reason = failed(backend) or backend.refuses(call, computed)
         if reason is None:

@@ -38,6 +38,9 @@ class Clock:
             self.generation += 1
             self._timesteps, self._index = timesteps, -1
         index = _index(scheduler, timesteps, timestep)
+        if index >= len(timesteps):  # a schedule that has ended tells nothing: another pipeline runs the denoiser
+            self.generation += 1
+            return Step(generation=self.generation, grid=grid)
         self._branch = self._branch + 1 if index == self._index else 0
         self._index = index
         return Step(generation=self.generation, index=index, total=len(timesteps), branch=str(self._branch), grid=grid)

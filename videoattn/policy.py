@@ -97,7 +97,8 @@ EXACT = Dense()
 def acceptable(decision: Decision) -> tuple[Decision, ...]:
     """The decision, then those that may stand in for it: nothing that errs more."""
     if isinstance(decision, Sparse):
-        return decision, *acceptable(Dense(decision.precision))
+        finer = (replace(decision, precision=precision) for precision in FINER[decision.precision])
+        return decision, *finer, *acceptable(Dense(decision.precision))
     return decision, *map(Dense, FINER[decision.precision])
 
 

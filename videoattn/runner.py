@@ -87,6 +87,7 @@ class Runner:
         self.plans: dict[tuple, Plan] = {}
         self.sparse = isinstance(decision, Sparse)
         self.kept = Kept(decision.keep_steps) if self.sparse else None
+        self._not_finite = ""  # why nothing is left out any more, if that is so
         self._grid: Grid | None = None
         self._order: Order = "raster"
         self.planning_seconds = 0.0
@@ -270,6 +271,8 @@ class Runner:
         return Tokens(grid=self._grid, after=count - self._grid.tokens)
 
     def _choose(self, call: Call) -> Choice:
+        if self._not_finite:  # as `_replace` has it; tokens in another order make another plan of the same call
+            return select(call, EXACT, failed=lambda backend: self._not_finite if backend.own else None)
         choice = select_verified(call, self.decision, self.backend)
         if isinstance(choice.decision, Sparse):
             return replace(choice, backend=choice.backend.keeping(self.kept))
@@ -293,6 +296,8 @@ class Runner:
     def _replace(self, plan: Plan) -> None:
         reason, choice = f"output of {plan.choice.backend.name} was not finite", plan.choice
         if not self.named(plan):
+            if self.sparse:
+                self._not_finite = reason
             choice = select(plan.call, EXACT, failed=lambda backend: reason if backend.own else None)
             if plan.prologue is None:
                 plan.run = choice.backend.plan(plan.call, EXACT)

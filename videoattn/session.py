@@ -302,7 +302,10 @@ class Session:
         patch.refusal = ""
         if ours.switched:
             patch.refusal = "an attention backend or a parallel configuration of diffusers was set after enabling"
-        run = None if ours.switched or self.bypass else self._runner(patch.site, self.policy(patch.site, step))
+        decision = self.policy(patch.site, step)
+        if isinstance(decision, Sparse) and patch.adapter == "generic":
+            decision = Dense(decision.precision)  # where text lies among its tokens is not known
+        run = None if ours.switched or self.bypass else self._runner(patch.site, decision)
         if run is not ours.run:
             ours.bind(run)
 

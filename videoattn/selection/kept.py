@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from videoattn.call import Step
@@ -18,7 +19,10 @@ from videoattn.selection.block_list import BlockList
 
 @dataclass(slots=True)
 class _Found:
-    lists: BlockList
+    """lists: None once they have served; keep: their mask, which the next ones are compared with."""
+
+    lists: BlockList | None
+    keep: Tensor
     like: Hashable
     index: int
 
@@ -36,11 +40,10 @@ class Kept:
         self._step: Step = Step()
         self._site = 0
         self._found: dict[tuple[str, int], _Found] = {}
-        self._held: list[Tensor | int] = [0, 0]  # key blocks that lists hold, and all that there are
-        self._missed: list[Tensor | int] = [
-            0,
-            0,
-        ]  # of a new selection those that the old one lacked, and all that it holds
+        self._held: dict[torch.device, list[Tensor | int]] = {}  # key blocks that lists hold, and all that there are
+        self._missed: dict[
+            torch.device, list[Tensor | int]
+        ] = {}  # those that the old list lacked, and all of the new one
 
     def begin(self, step: Step) -> None:
         """A forward of the denoiser is about to run; nothing outlives a generation."""
@@ -55,38 +58,49 @@ class Kept:
             make: selects.
             like: lists kept for another `like` (shape, order) do not serve.
         """
-        place = self._step.branch, self._site
+        place, step = (self._step.branch, self._site), self._step
         self._site += 1
         found = self._found.get(place)
         if found is not None and found.like != like:
             found = None
-        if found is not None and 0 <= self._step.index - found.index < self.steps:
-            return found.lists
+        age = 0 if found is None else step.index - found.index
+        if found is not None and found.lists is not None and 0 <= age < self.steps:
+            lists = found.lists
+            if age == self.steps - 1 or step.index + 1 == step.total:  # no later step asks for them
+                found.lists = None
+            return lists
         lists = make()
-        self.count(lists, found and found.lists)
-        if self.steps > 1:
-            self._found[place] = _Found(lists, like, self._step.index)
+        self.count(lists, found and found.keep)
+        if self.steps > 1 and step.total and step.index + 1 < step.total:
+            self._found[place] = _Found(lists, lists.keep, like, step.index)
         return lists
 
-    def count(self, lists: BlockList, old: BlockList | None = None) -> None:
-        """Lists that serve from now on, and those that they replace; on the device, without waiting for it."""
+    def count(self, lists: BlockList, old: Tensor | None = None) -> None:
+        """Lists that serve from now on, and the mask of those that they replace; on the device, without waiting for it."""
         self.selections += 1
         held = lists.counts.sum()
-        self._held = [self._held[0] + held, self._held[1] + lists.keep.numel()]
+        _add(self._held, held, lists.keep.numel())
         if old is not None:
-            self._missed = [self._missed[0] + (lists.keep & ~old.keep).sum(), self._missed[1] + held]
+            _add(self._missed, (lists.keep & ~old).sum(), held)
 
     @property
     def density(self) -> float | None:
         """The share of key blocks in all lists so far, None before the first; waits for the device."""
-        return _share(*self._held)
+        return _share(self._held)
 
     @property
     def missed(self) -> float | None:
         """Of the key blocks that a new selection keeps, the share that the one before it lacked; None while no list was
         replaced; waits for the device."""
-        return _share(*self._missed)
+        return _share(self._missed)
 
 
-def _share(part: Tensor | int, whole: Tensor | int) -> float | None:
-    return float(part) / float(whole) if float(whole) else None
+def _add(sums: dict[torch.device, list[Tensor | int]], part: Tensor, whole: Tensor | int) -> None:
+    """Sums stay on the device that they come from: a denoiser may be spread over several."""
+    before = sums.get(part.device, [0, 0])
+    sums[part.device] = [before[0] + part, before[1] + whole]
+
+
+def _share(sums: dict[torch.device, list[Tensor | int]]) -> float | None:
+    part, whole = (sum(float(each[at]) for each in sums.values()) for at in (0, 1))
+    return part / whole if whole else None

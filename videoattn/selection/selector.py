@@ -36,6 +36,8 @@ class Selector(Protocol):
         """Which key blocks to keep, bool [B, H, nq, nk]; dimensions of 1 in place of B and H where all are alike.
 
         q: [B, P, H, D]; k: [B, P, Hkv, D], arranged; of a dynamic selector. scale: on q k^T, 1 / sqrt(D) where None.
+
+        One that cannot serve every call also has `refuses(heads, block_q, block_k) -> str | None`.
         """
 
 
@@ -135,8 +137,10 @@ def lists_of(
     if keep.is_cuda and importlib.util.find_spec("triton"):
         from videoattn.kernels import routing  # not before: importing this package does not import Triton
 
-        sizes = {"block_q": queries.size, "block_k": keys.size, "batch": batch, "heads": heads}
-        return routing.lists(keep, required, keys.live, **sizes, kv_len=kv_len, gaps=gaps)
+        own = (batch, heads) if kv_len is not None else keep.shape[:2]  # where rows or heads are alike they share lists
+        sizes = {"block_q": queries.size, "block_k": keys.size, "batch": own[0], "heads": own[1]}
+        lists = routing.lists(keep, required, keys.live, **sizes, kv_len=kv_len, gaps=gaps)
+        return lists if own == (batch, heads) else lists.expand(batch, heads)
     keep = keep | required
     if kv_len is not None:
         begins = torch.arange(keys.count, device=keep.device) * keys.size

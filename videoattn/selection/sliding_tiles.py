@@ -48,6 +48,12 @@ class SlidingTiles:
                 f"SlidingTiles.windows: wanted tuples (frames, height, width) of 1 at least, got {self.windows!r}"
             )
 
+    def refuses(self, heads: int, block_q: int, block_k: int) -> str | None:
+        """Why it does not select for a number of heads, or None."""
+        if len(self.windows) not in (1, heads):
+            return f"SlidingTiles.windows: wanted 1 or {heads}, one a head, got {len(self.windows)}"
+        return None
+
     def keep(
         self,
         arrangement: Arrangement,

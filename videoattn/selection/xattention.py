@@ -67,6 +67,12 @@ class XAttention:
         if self.order not in ORDERS:
             raise ValueError(f"XAttention: wanted an order of {', '.join(ORDERS)}, got {self.order!r}")
 
+    def refuses(self, heads: int, block_q: int, block_k: int) -> str | None:
+        """Why it does not select among blocks of a size, or None."""
+        if block_q % self.stride or block_k % self.stride:
+            return f"XAttention: wanted a stride that divides blocks of {block_q} and {block_k}, got {self.stride}"
+        return None
+
     @torch.no_grad()
     def keep(
         self,
