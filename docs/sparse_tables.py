@@ -7,7 +7,7 @@ from quantised_tables import newest, ratio, table
 MEAN = "fast, mean of 50 steps"
 DENSITIES = ("0.1", "0.2", "0.35", "0.6")
 KERNELS = {"exact": "16 bits", "fp8": "INT8/FP8", "16bit": "INT8/16 bits"}
-SHOWN = ("fast", "xattention s16, morton: 0.35", "pooled: 0.35", "random, morton", "fewer steps", "noise floor")
+SHOWN = ("fast", "random, raster", "random, morton", "fewer steps", "noise floor")
 
 
 def quality() -> str:
