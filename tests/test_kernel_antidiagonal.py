@@ -91,10 +91,10 @@ def test_it_equals_torch(live, block, stride, options, poisoned):
     ("places", "block_q", "block_k", "stride", "options"),
     [
         (2 * 384, 192, 128, 16, {}),
-        (1801, 192, 128, 16, {"heads": 2, "kv_heads": 1, "head_dim": 128}),  # the last group has 9 places of 16
-        (1100, 192, 128, 8, {"batch": 1, "dtype": FP16, "layout": "fused", "kv_heads": 4}),  # 24 groups
+        (777, 192, 128, 16, {"heads": 2, "kv_heads": 1, "head_dim": 128}),  # the last group has 9 places of 16
+        (590, 192, 128, 8, {"batch": 1, "dtype": FP16, "layout": "fused", "kv_heads": 4}),  # 24 groups
         (650, 192, 128, 4, {"heads": 2, "kv_heads": 1, "layout": "BHND"}),  # 48 and 32
-        (1000, 64, 192, 16, {"batch": 1}),
+        (500, 64, 192, 16, {"batch": 1}),
         (640, 128, 64, 16, {}),
         (700, 64, 64, 16, {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 256}),
         (321, 48, 80, 16, {"batch": 1, "head_dim": 72}),
@@ -227,7 +227,7 @@ def test_either_size_is_looked_at():
         assert "got blocks of 60 and a stride of 16" in antidiagonal.refuses(q, k, queries, keys, 16)
 
 
-@pytest.mark.parametrize("sizes", [(2, 700, 4, 2, 64), (1, 330, 2, 2, 40)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 330, 2, 1, 64), (1, 200, 2, 2, 40)], ids=str)
 def test_quantised_operands(sizes, poisoned):
     """As from what they stand for."""
     batch, places, heads, kv_heads, head_dim = sizes

@@ -171,6 +171,8 @@ def test_as_the_hosts_processor(name, host, ours, size, monkeypatch):
     class Stop:
         """Stands for a Runner."""
 
+        sparse = False
+
         def attend(self, prologue, heads, *given, kv_len):
             assert refuses(prologue, heads, *given) is None
             fused.append(len(given))

@@ -232,7 +232,7 @@ def test_lists(shape, dtype, layout, gaps, pv, poisoned):
     check(q, k, v, pv, lists=make_lists(batch, heads, nq, nk, block_q=block_q, live=live))
 
 
-@pytest.mark.parametrize("pv", PVS)
+@pytest.mark.parametrize("pv", ["fp8"])
 @pytest.mark.parametrize("tuned", [*WAYS, {"M": 64, "N": 32}], ids=str)
 def test_lists_in_every_way_of_working(tuned, pv, poisoned):
     if DEVICE == "cuda" and tuned.get("TMA") and torch.cuda.get_device_capability() < (9, 0):

@@ -29,8 +29,8 @@ def operands(batch, q_len, kv_len, heads, head_dim, **options):
     )
 
 
-@pytest.mark.parametrize("blocks", [(192, 128), (64, 64), (128, 128)], ids=str)
-@pytest.mark.parametrize("sizes", [(1, 400, 400, 2, 64), (2, 130, 257, 2, 40), (1, 5, 3, 1, 128)], ids=str)
+@pytest.mark.parametrize("blocks", [(192, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 260, 260, 1, 64), (2, 70, 150, 2, 40), (1, 5, 3, 1, 128)], ids=str)
 def test_means(sizes, blocks, poisoned):
     x = operands(*sizes)
     for got, y, block in zip(block_means(x, sizes[4], *blocks), in_torch(x, sizes[4]), blocks, strict=True):
@@ -47,7 +47,7 @@ def test_means_of_shared_heads(poisoned):
     assert q_means.shape == (1, 4, 4, 64) and k_means.shape == (1, 4, 2, 64)
 
 
-@pytest.mark.parametrize("sizes", [(2, 130, 257, 2, 40), (1, 64, 64, 3, 128)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 70, 150, 2, 40), (1, 64, 64, 1, 128)], ids=str)
 def test_rows(sizes, poisoned):
     x = operands(*sizes)
     for got, expected in zip(unquantised(x, sizes[4], torch.bfloat16), in_torch(x, sizes[4]), strict=True):
