@@ -34,7 +34,7 @@ from videoattn.selection.pooled import Pooled
 from videoattn.selection.radial import Radial
 from videoattn.selection.selector import Selector
 from videoattn.selection.xattention import XAttention
-from videoattn.verify import select_verified
+from videoattn.verify import fault, select_verified
 
 CASES = {  # batch, heads, grid, head_dim
     "wan-1.3b 480p": (1, 12, Grid(frames=21, height=30, width=52), 128),
@@ -94,6 +94,13 @@ def check_of(tolerance: float) -> timing.Check:
         return error
 
     return check
+
+
+def check_finite(inputs: timing.Inputs, out: Tensor, _baseline: object) -> float:
+    """Of an output along lists that a selector made on its way; the kernel is held against the oracle before (`fault`)."""
+    if out.shape != inputs[0].shape or not out.isfinite().all():
+        raise timing.WrongOutput(f"wanted a finite output {tuple(inputs[0].shape)}, got {tuple(out.shape)}")
+    return 0.0
 
 
 def kernels(head_dim: int) -> Iterator[tuple[str, tuple[int, int], Callable[..., Tensor]]]:
@@ -188,7 +195,11 @@ def selection(case: str, device: torch.device, seconds: float) -> Iterator[dict[
 
 
 def whole(case: str, device: torch.device, seconds: float) -> Iterator[dict[str, object]]:
-    """Random q and k: which blocks are kept says nothing, how many does."""
+    """Random q and k: which blocks are kept says nothing, how many does.
+
+    Raises:
+        WrongOutput: a kernel that is wrong on random lists, or an output that is not finite.
+    """
     problem = problem_of(case, device)
     cudnn = problem.planned(next(each for each in backends() if each.name == "sdpa_cudnn"))
     selectors = {"pooled": SELECTORS["pooled"], "xattention s16": SELECTORS["xattention s16"], "radial": Radial()}
@@ -196,6 +207,9 @@ def whole(case: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     for name, selector in selectors.items():
         call = call_of(case, device, selector)
         backend, decision = plan_of(call, selector)
+        wrong = fault(backend, call, decision)
+        if wrong is not None:
+            raise timing.WrongOutput(f"{backend.name}: {wrong}")
         run = backend.plan(call, decision)
         density[name] = backend.expected_density(call, decision)
         candidates[name] = lambda q, k, v, mask, kv_len, run=run: run(q, k, v, None, None, None)
@@ -203,7 +217,7 @@ def whole(case: str, device: torch.device, seconds: float) -> Iterator[dict[str,
         cudnn,
         candidates,
         problem.inputs,
-        lambda i, o, b: float(not o.isfinite().all()),
+        check_finite,
         device=device,
         seconds=seconds,
         min_rounds=3,
@@ -237,7 +251,7 @@ def presets(device: torch.device, seconds: float) -> Iterator[tuple[str, str, ti
             problem.planned(dense.backend, dense.decision),
             {"fast": lambda q, k, v, mask, kv_len, run=run: run(q, k, v, None, kv_len, None)},
             problem.inputs,
-            lambda inputs, out, baseline: float(not out.isfinite().all()),
+            check_finite,
             device=device,
             seconds=seconds,
             min_rounds=3,

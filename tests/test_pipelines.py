@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from attention_kinds import EXPECTED
-from diffusers import WanVACETransformer3DModel
+from diffusers import LTXConditionPipeline, WanVACETransformer3DModel
 from tiny_parts import randomize
 from tiny_pipelines import PIPELINES, build, denoisers, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -273,3 +273,22 @@ def test_wan_vace_equals_the_host(image):
     assert {patch.site.name.split(".")[0] for patch in session.patches} == {"blocks", "vace_blocks"}
     assert {patch.adapter for patch in session.patches} == {"wan"}
     assert all(row.calls for row in videoattn.report(model).sites)
+
+
+@pytest.mark.parametrize("preset", ["exact", "fast"])
+def test_ltx_with_conditions_whose_tokens_are_not_one_video(preset):
+    """Its pipeline passes coordinates in place of sizes, and other tokens in front: the grid is not known."""
+    made = build("ltx")
+    parts = {name: getattr(made, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")}
+    pipe = LTXConditionPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+
+    def latents():
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt="a cat", negative_prompt="a dog", generator=generator, **sizes).frames
+
+    host = latents()
+    videoattn.enable_fast_attention(pipe, preset)
+    torch.testing.assert_close(latents(), host, rtol=1e-4, atol=1e-4)  # padded text is left out: other sums
+    assert not any(plan.call.tokens for plan in session_of(pipe.transformer).plans)
