@@ -5,12 +5,14 @@ Every selector at some densities, on every self-attention call of every step beh
 no other gate is on. A video is compared with the dense run's own of the same prompt and seed, so PSNR also counts a scene
 that is laid out otherwise and is as good.
 
-Controls: random key blocks at the same densities, in every order of tokens, of which the best one counts; dense runs of fewer
-steps, which save time on the whole denoiser; the noise floor (two exact kernels of torch).
+Every curve is there twice: as it is, and with the blocks that are left out in the softmax by their means ("remainder").
+
+Controls: random key blocks at the same densities, in every order of tokens, of which the best one counts, with the remainder
+where a curve has it; dense runs of fewer steps, which save time on the whole denoiser; the noise floor (two exact kernels of
+torch).
 
 The density of a run is the share of key blocks in the lists, what is required included. Blocks are as large as the kernel's
-(192 queries and 128 keys on Hopper, 64 and 64 in torch on a CPU), so runs compare where the backend is the same; what the
-portable kernel computes stands in curves of its own.
+(192 queries and 128 keys on Hopper, 64 and 64 in torch on a CPU), so runs compare where the backend is the same.
 
 Needs a checkout: the prompts are examples/train_tiny's.
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +51,7 @@ from videoattn.selection.sliding_tiles import SlidingTiles
 from videoattn.selection.xattention import XAttention
 from videoattn.session import Session
 
-PORTABLE = "triton_sparse"
-BACKENDS = ("triton_hopper_sparse", "triton_hopper_sparse_int8_fp8", PORTABLE, "sdpa_masked")
+BACKENDS = ("triton_hopper_sparse", "triton_hopper_sparse_int8_fp8", "triton_sparse", "sdpa_masked")
 """Those that may leave key blocks out here, the first that computes a decision."""
 
 DENSITIES = (0.1, 0.2, 0.35, 0.5)  # asked for; what is required comes on top, up to 0.1
@@ -60,12 +61,14 @@ WINDOWS = ((3, 11, 11), (9, 11, 11), (3, 22, 22), (9, 11, 22))  # of 9 x 22 x 22
 DECAYS = (0.25, 0.75, 1.0, 1.5)  # here the least keeps 0.6 already
 SHARDS = ((4, (0, 0, 0)), (3, (0, 0, 0)), (4, (1, 1, 1)), (3, (1, 1, 1)))  # with the reach
 KEPT = (2, 4)  # steps
+DENSE_STEPS = (0.1, 0.3)  # shares of the steps, beside the preset's
 STRIDE = 8  # of XAttention
 
 DENSE = "dense"
 FAST = "fast"
 FAST_IN_16_BITS = "fast in 16 bits"
 FEWER_STEPS = "fewer steps"
+REMAINDER = ", remainder"
 NOISE_FLOOR = "noise floor"
 
 Points = dict[str, dict[str, float]]
@@ -113,22 +116,24 @@ def runs(steps: int, dense_steps: float) -> dict[str, Run]:
     """
     made: dict[str, Run] = {}
 
-    def add(case: str, decision: Sparse, *backends: str) -> None:
+    def add(case: str, decision: Sparse) -> None:
         policy = Policy(name=case, decision=decision, dense_steps=dense_steps)
-        made[case] = Run(policy=policy, backends=backends or BACKENDS, steps=steps)
+        made[case] = Run(policy=policy, backends=BACKENDS, steps=steps)
 
     for curve, points in curves().items():
         for point, selector in points.items():
             add(f"{curve}: {point}", Sparse(selector))
-    for each in DENSITIES:
-        add(f"pooled, portable: {each}", Sparse(Pooled(density=each)), PORTABLE)
-        add(f"pooled, remainder: {each}", Sparse(Pooled(density=each), remainder=True), PORTABLE)
-        of_mass = XAttention(stride=STRIDE, density=each, order="morton")
-        add(f"xattention, morton, remainder: {each}", Sparse(of_mass, remainder=True), PORTABLE)
+            add(f"{curve}{REMAINDER}: {point}", Sparse(selector, remainder=True))
     fast = replace(PRESETS["fast"], dense_steps=dense_steps, min_steps=0, min_tokens=0)
     made[FAST] = Run(policy=fast, backends=BACKENDS, steps=steps)
+    for each in DENSE_STEPS:
+        made[f"{FAST}, dense steps: {each}"] = Run(
+            policy=replace(fast, dense_steps=each), backends=BACKENDS, steps=steps
+        )
     in_16_bits = replace(fast.decision, precision="exact")
     add(FAST_IN_16_BITS, in_16_bits)
+    other = replace(in_16_bits, remainder=not in_16_bits.remainder)
+    add(f"{FAST_IN_16_BITS}{', no remainder' if in_16_bits.remainder else REMAINDER}", other)
     for each in KEPT:
         add(f"{FAST_IN_16_BITS}, lists kept: {each} steps", replace(in_16_bits, keep_steps=each))
     for each in fewer(steps):
@@ -161,17 +166,18 @@ def density(session: Session) -> float | None:
     return sum(share * count for share, count in found) / sum(count for _, count in found) if found else None
 
 
-def random_at(points: Mapping[str, Mapping[str, float]], at: float) -> float | None:
+def random_at(points: Mapping[str, Mapping[str, float]], at: float, *, remainder: bool = False) -> float | None:
     """The mean PSNR in dB of random key blocks at a density, interpolated, in the order of tokens that it is highest in.
 
     None beyond the densities measured.
 
     Args:
         points: case -> metric -> value.
+        remainder: whether what is left out takes part by its means.
     """
     found = []
     for order in ORDERS:
-        curve = f"{_random(order)}: "
+        curve = f"{_random(order)}{REMAINDER if remainder else ''}: "
         known = sorted((of["density"], of["psnr_mean_db"]) for case, of in points.items() if case.startswith(curve))
         if known and known[0][0] <= at <= known[-1][0]:
             found.append(float(np.interp(at, *zip(*known, strict=True))))
@@ -183,11 +189,17 @@ def figures_of(case: str, found: Sequence[VideoDifference]) -> list[dict[str, ob
     return [*psnr_figures(case, found), {"case": case, "metric": "ssim_mean", "value": ssim, "unit": "of 1"}]
 
 
-def over_random(points: Points) -> list[dict[str, object]]:
-    """How much better selectors are than the control at their density."""
+def over_random(points: Points, with_remainder: Collection[str]) -> list[dict[str, object]]:
+    """How much better selectors are than the control at their density.
+
+    Args:
+        with_remainder: the cases that have it.
+    """
     figures = []
     for case, of in points.items():
-        control = None if "density" not in of or case.startswith("random") else random_at(points, of["density"])
+        control = None
+        if "density" in of and not case.startswith("random"):
+            control = random_at(points, of["density"], remainder=case in with_remainder)
         if control is not None:
             over = of["psnr_mean_db"] - control
             figures.append({"case": case, "metric": "over_random_db", "value": over, "unit": "dB, interpolated"})
@@ -239,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="that alone leaves blocks out; default: the first that does"
     )
+    parser.add_argument(
+        "--tally", action="store_true", help="no runs: over_random_db of what --results holds, of runs side by side"
+    )
     parser.add_argument("--sheet", type=Path, help='a picture: dense above "fast", prompt by prompt')
     args = parser.parse_args(argv)
 
@@ -246,11 +261,26 @@ def main(argv: list[str] | None = None) -> int:
     asked = {case: run for case, run in every.items() if args.only is None or any(part in case for part in args.only)}
     if not asked:
         parser.error(f"--only: wanted parts of {', '.join(every)}, got {args.only}")
-    size, environment = sizes[args.size], results.environment(args.commit)
+    environment = results.environment(args.commit)
+    points: Points = {}
+    remainders = {case for case, run in every.items() if getattr(run.policy.decision, "remainder", False)}
+
+    def write(figures: Sequence[Mapping[str, object]]) -> None:
+        results.append_figures("quality_sparse", figures, environment, args.results)
+        for figure in figures:
+            points.setdefault(figure["case"], {})[figure["metric"]] = figure["value"]
+
+    if args.tally:
+        for row in results.read(args.results / "quality_sparse.csv"):
+            if row["commit"] == environment["commit"]:
+                points.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
+        write(over_random(points, remainders))
+        print(table(points))
+        return 0
+    size = sizes[args.size]
     pipe = load(args.model, torch.device(args.device))
     prompts = [scene.caption() for scene in held_out_scenes(args.prompts)]
     call = call_of(pipe, size, min(args.batch, len(prompts)))
-    points: Points = {}
     left_out: dict[str, str] = {}
     sparse: dict[str, np.ndarray] = {}  # for the sheet
 
@@ -258,11 +288,6 @@ def main(argv: list[str] | None = None) -> int:
         with videoattn.fast_attention(pipe, run.policy, backend=backend) as (session,):
             made = generate(pipe, prompts, size, steps=run.steps, guidance=GUIDANCE, batch=args.batch)
             return made, density(session)
-
-    def write(figures: Sequence[Mapping[str, object]]) -> None:
-        results.append_figures("quality_sparse", figures, environment, args.results)
-        for figure in figures:
-            points.setdefault(figure["case"], {})[figure["metric"]] = figure["value"]
 
     def finish(case: str, known: list[dict[str, object]], compared: Sequence[Future[VideoDifference]]) -> None:
         write([*known, *figures_of(case, [each.result() for each in compared])])
@@ -309,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
                 finish(*waiting.popleft())
         while waiting:
             finish(*waiting.popleft())
-    write(over_random(points))
+    write(over_random(points, remainders))
     if args.sheet is not None and sparse:
         save_sheet(args.sheet, prompts, ("dense", dense), ("sparse", next(iter(sparse.values()))))
     for case, why in left_out.items():

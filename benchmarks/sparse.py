@@ -2,7 +2,8 @@
 
 efficiency  time of the dense kernel x density / time along lists of that density; random lists, which are the worst to L2
 selection   time of a selector alone, from quantised operands to lists, over that of dense cuDNN attention
-attention   quantisation, selection and kernel against dense cuDNN attention, as a plan runs them
+attention   quantisation, selection and kernel against dense cuDNN attention, as a plan runs them, with and without the
+            pooled remainder
 presets     what "fast" runs on the self-attention rows of shapes.toml, against what "balanced" runs; also where these are
             shorter than what a video needs for "fast" to leave anything out
 
@@ -14,6 +15,7 @@ Tokens lie in the selector's order, as a denoiser's do (pipelines/token_order.py
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -148,8 +150,10 @@ def efficiency(case: str, device: torch.device, seconds: float) -> Iterator[dict
             yield {"case": case, "metric": f"ms {name} {density}", "value": compared.median_ms, "unit": "ms"}
 
 
-def plan_of(call: Call, selector: Selector) -> tuple[quantised_sparse_backend.QuantisedSparseBackend, Sparse]:
-    decision = Sparse(selector, PRESETS["balanced"].decision.precision)
+def plan_of(
+    call: Call, selector: Selector, *, remainder: bool = False
+) -> tuple[quantised_sparse_backend.QuantisedSparseBackend, Sparse]:
+    decision = Sparse(selector, PRESETS["balanced"].decision.precision, remainder=remainder)
     found = [each for each in backends() if each.own and each.computes(decision) and not each.refuses(call, decision)]
     return found[-1], decision  # the one for this architecture alone stands last
 
@@ -204,9 +208,10 @@ def whole(case: str, device: torch.device, seconds: float) -> Iterator[dict[str,
     cudnn = problem.planned(next(each for each in backends() if each.name == "sdpa_cudnn"))
     selectors = {"pooled": SELECTORS["pooled"], "xattention s16": SELECTORS["xattention s16"], "radial": Radial()}
     candidates, density = {}, {}
-    for name, selector in selectors.items():
+    for (selected, selector), remainder in itertools.product(selectors.items(), (False, True)):
+        name = f"{selected} remainder" if remainder else selected
         call = call_of(case, device, selector)
-        backend, decision = plan_of(call, selector)
+        backend, decision = plan_of(call, selector, remainder=remainder)
         wrong = fault(backend, call, decision)
         if wrong is not None:
             raise timing.WrongOutput(f"{backend.name}: {wrong}")

@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BAR = 27.0  # dB
 METRICS = {"psnr_mean_db": "PSNR, mean, dB", "ssim_mean": "SSIM, mean"}
 FEWER_STEPS = "fewer steps"
+REMAINDER = ", remainder"
 STARS = {"fast": "full", "fast in 16 bits": "none"}  # the preset, and how its star is filled
 # Okabe and Ito's colours, which colour-blind readers tell apart; of one colour what shares a selector
 COLOURS = {
@@ -81,16 +82,25 @@ def selector_of(curve: str) -> str:
     return named[0]
 
 
-def draw(axis: Axes, found: Points, metric: str) -> None:
+def draw(axis: Axes, found: Points, metric: str, *, remainder: bool) -> None:
+    """The curves that have the remainder, or the others, and the controls of both."""
     drawn: dict[str, int] = {}
     for curve, line in curves(found, metric).items():
+        if (REMAINDER in curve) != remainder:
+            continue
         selector = selector_of(curve)
         marker = MARKERS[drawn.get(selector, 0) % len(MARKERS)]
         drawn[selector] = drawn.get(selector, 0) + 1
-        style = {"color": COLOURS[selector], "marker": marker, "ms": 3.5, "lw": 1.2, "label": curve}
+        style = {
+            "color": COLOURS[selector],
+            "marker": marker,
+            "ms": 3.5,
+            "lw": 1.2,
+            "label": curve.replace(REMAINDER, ""),
+        }
         if curve in STARS:
             style |= {"marker": "*", "ms": 10, "fillstyle": STARS[curve]}
-        axis.plot(*zip(*line, strict=True), **{"ls": "--" if "remainder" in curve else "-", **style})
+        axis.plot(*zip(*line, strict=True), **style)
     for time, value in controls(found, metric).items():
         axis.axhline(value, color="#BBBBBB", lw=0.8, ls=":", zorder=0)
         note = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center", "fontsize": NOTE}
@@ -105,7 +115,8 @@ def draw(axis: Axes, found: Points, metric: str) -> None:
             textcoords="offset points",
             fontsize=NOTE,
         )
-    axis.set_title(METRICS[metric], fontsize=TITLE, loc="left")
+    title = f"{METRICS[metric]}; with the pooled remainder" if remainder else METRICS[metric]
+    axis.set_title(title, fontsize=TITLE, loc="left")
     axis.set_xlabel("density: share of the key blocks that are kept", fontsize=TICK)
     axis.tick_params(labelsize=TICK)
     axis.grid(alpha=0.2)
@@ -126,11 +137,14 @@ def plot(found: Points, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 5), constrained_layout=True)
-    for axis, metric in zip(axes, METRICS, strict=True):
-        draw(axis, found, metric)
+    figure, axes = plt.subplots(
+        len(METRICS), 2, figsize=(11, 9), sharex=True, sharey="row", squeeze=False, constrained_layout=True
+    )
+    for row, metric in zip(axes, METRICS, strict=True):
+        for axis, remainder in zip(row, (False, True), strict=True):
+            draw(axis, found, metric, remainder=remainder)
     figure.suptitle(heading(found["dense"]), fontsize=TITLE)
-    legend = axes[0].get_legend_handles_labels()
+    legend = axes[0][0].get_legend_handles_labels()
     figure.legend(*legend, ncols=5, fontsize=TICK, loc="outside lower center", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -1,13 +1,6 @@
 """Exact attention to chosen blocks of keys, in Triton: each block of queries walks along its own list.
 
-Over the keys that the list names, FlashAttention 2's forward (kernels/flash.py). Optionally what it leaves out stays in the
-softmax as block means, the pooled remainder (Sol-Attn, arXiv:2607.24027): with kc_j and vc_j the means of the n_j tokens of
-key block j,
-
-    p_j = exp(scale q . kc_j - m),   l += n_j p_j,   acc += n_j p_j vc_j
-
-as if all keys of a block had the mean score. n_j goes into the exponent, as log n_j: the weights stay below 1, and means
-fit into 16 bits where sums of 128 values may not.
+Over the keys that the list names, FlashAttention 2's forward (kernels/flash.py).
 
 Blocks of keys may be filled in part. Their empty places are read, without harm as long as they hold finite numbers, so
 that loads need no compare and do not wait for a count; scores are masked, in such blocks alone. The keys may end within
@@ -18,7 +11,7 @@ The next index is read one tile ahead: the loads of a tile begin without waiting
 another, and each reads any of its keys, so that these stay in L2. Counts of tokens and blocks are run-time integers.
 
 Letters: B batch, Pq/Pk places of queries and of keys, H heads, Hkv key heads, D head_dim, nq and nk blocks of queries and
-of keys; M queries and N keys a tile, G means.
+of keys; M queries and N keys a tile.
 
 Refuses: blocks of other than 64, 128 or 192 queries and 64 or 128 keys, head_dim other than 16 to 256 in steps of 8.
 """
@@ -49,7 +42,6 @@ from videoattn.selection.block_list import BlockList
 
 BLOCKS_Q = (64, 128, 192)
 BLOCKS_K = (64, 128)
-POOL_ROWS = 32  # tokens at a time
 Kind = tuple[torch.Size, torch.dtype, torch.device]
 Lists = tuple[Kind, Kind, Kind, Kind, int, int]  # counts, indices, keep, live; places of a block of queries and of keys
 
@@ -61,8 +53,7 @@ def config(head_dim: int, itemsize: int, capability: int, block_q: int, block_k:
     datacenter = capability // 10 in (9, 10)
     rows = m if block_q % m == 0 else 64
     n = min(n, block_k, rows)  # 64 x 128 on four warps spills
-    group = 32 if datacenter and head_dim <= 160 else 16  # more takes registers that the walk along the list needs
-    settings = {"M": rows, "N": n, "G": min(n, group), "num_warps": max(4, warps * rows // m), "num_stages": stages}
+    settings = {"M": rows, "N": n, "num_warps": max(4, warps * rows // m), "num_stages": stages}
     if rows < m and not datacenter:
         settings["maxnreg"] = 255  # the assembler would rather spill and fit three blocks on a processor
     return settings
@@ -71,13 +62,12 @@ def config(head_dim: int, itemsize: int, capability: int, block_q: int, block_k:
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
 @triton.jit(do_not_specialize=[
     "q_len", "kv_len", "heads", "kv_group",
-    *(f"{x}_s{axis}" for x in ("q", "k", "v", "o", "means") for axis in "bnh"),
-    *(f"counts_s{axis}" for axis in "bhq"), *(f"{x}_s{axis}" for x in ("indices", "keep") for axis in "bhqk"),
+    *(f"{x}_s{axis}" for x in "qkvo" for axis in "bnh"),
+    *(f"counts_s{axis}" for axis in "bhq"), *(f"indices_s{axis}" for axis in "bhqk"),
 ])  # fmt: skip
 def _forward(
     q, k, v, out,
     counts, indices, live,
-    keep, k_means, v_means,  # of the pooled remainder, or None
     lse, flag,  # or None
     qk_scale,  # scale * log2(e)
     q_len, kv_len, heads, kv_group,  # kv_group: query heads a key head
@@ -85,12 +75,10 @@ def _forward(
     k_sb, k_sn, k_sh,
     v_sb, v_sn, v_sh,
     o_sb, o_sn, o_sh,
-    means_sb, means_sn, means_sh,
     counts_sb, counts_sh, counts_sq,
     indices_sb, indices_sh, indices_sq, indices_sk,
-    keep_sb, keep_sh, keep_sq, keep_sk,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, M)
@@ -119,7 +107,6 @@ def _forward(
     acc0 = tl.zeros([M, D0], tl.float32)
     acc1 = tl.zeros([M, D1], tl.float32) if D1 else acc0
 
-    blocks = tl.cdiv(kv_len, BLOCK_K)
     TILES: tl.constexpr = BLOCK_K // N  # of a block of keys
     indices += b * indices_sb + h * indices_sh + i * indices_sq
     end = tl.load(counts + b * counts_sb + h * counts_sh + i * counts_sq) * TILES
@@ -140,21 +127,6 @@ def _forward(
         )  # fmt: skip
 
     m *= qk_scale
-    if keep is not None:
-        keep += b * keep_sb + h * keep_sh + i * keep_sq
-        k_means += tl.multiple_of(b * means_sb, ALIGN) + tl.multiple_of(h_kv * means_sh, ALIGN)
-        v_means += tl.multiple_of(b * means_sb, ALIGN) + tl.multiple_of(h_kv * means_sh, ALIGN)
-        rows = tl.multiple_of(tl.arange(0, G) * means_sn, ALIGN)[:, None]
-        for start in tl.range(0, blocks, G):
-            j = start + tl.arange(0, G)
-            there = j < blocks
-            kept = tl.load(keep + j.to(tl.int64) * keep_sk, there, 1)
-            tokens = tl.where(kept == 0, tl.load(live + j, there, 0), 0)
-            k0, k1 = load_head(k_means + means_sn.to(tl.int64) * start, rows, there[:, None], D, D0, D1)
-            s = scores(q0, q1, k0, k1, D1, PRECISION) * qk_scale + tl.log2(tokens.to(tl.float32))[None, :]
-            acc0, acc1, m, l = accumulate(
-                acc0, acc1, m, l, s, 1.0, v_means, start, rows, means_sn, there[:, None], D, D0, D1, True, PRECISION
-            )
 
     out += tl.multiple_of(b * o_sb, ALIGN) + tl.multiple_of(h * o_sh, ALIGN)
     out += tl.multiple_of(first.to(tl.int64) * o_sn, ALIGN)
@@ -172,47 +144,6 @@ def _forward(
     if lse is not None:  # [B, H, Pq]
         value = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
         tl.store(lse + head_of_batch.to(tl.int64) * q_len + first + queries, value, here)
-
-
-@triton.jit
-def _mean(x, x_sn, means, at, tokens, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr,
-          ALIGN: tl.constexpr):  # fmt: skip
-    """Store the mean of the first `tokens` rows of x at element `at` of means; 0 where there are none."""
-    total0 = tl.zeros([R, D0], tl.float32)
-    total1 = tl.zeros([R, D1], tl.float32) if D1 else total0
-    share = 1.0 / tl.maximum(tokens, 1).to(tl.float32)  # of each before they are added: a sum may pass fp32's range
-    for start in tl.range(0, tokens, R):
-        rows = start + tl.arange(0, R)
-        places = tl.multiple_of(rows.to(tl.int64) * x_sn, ALIGN)[:, None]
-        x0, x1 = load_head(x, places, (rows < tokens)[:, None], D, D0, D1)
-        total0 += x0.to(tl.float32) * share
-        if D1:
-            total1 += x1.to(tl.float32) * share
-    store_part(means, at, tokens >= 0, tl.sum(total0, 0).to(means.dtype.element_ty), 0, D)
-    if D1:
-        store_part(means, at, tokens >= 0, tl.sum(total1, 0).to(means.dtype.element_ty), D0, D)
-
-
-@triton.jit(do_not_specialize=["kv_len", "heads", *(f"{x}_s{axis}" for x in "kv" for axis in "bnh")])
-def _pool(
-    k, v, live,
-    k_means, v_means,  # [B, nk, Hkv, D]
-    kv_len, heads,
-    k_sb, k_sn, k_sh,
-    v_sb, v_sn, v_sh,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_K: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)  # heads innermost, as they lie in a projection
-    blocks = tl.cdiv(kv_len, BLOCK_K)
-    h = pid % heads
-    j = pid // heads % blocks
-    b = pid // heads // blocks
-    tokens = tl.minimum(tl.load(live + j), kv_len - j.to(tl.int32) * BLOCK_K)
-    k += tl.multiple_of(b * k_sb, ALIGN) + tl.multiple_of(j * BLOCK_K * k_sn, ALIGN) + tl.multiple_of(h * k_sh, ALIGN)
-    v += tl.multiple_of(b * v_sb, ALIGN) + tl.multiple_of(j * BLOCK_K * v_sn, ALIGN) + tl.multiple_of(h * v_sh, ALIGN)
-    _mean(k, k_sn, k_means, pid * D, tokens, D, D0, D1, R, ALIGN)
-    _mean(v, v_sn, v_means, pid * D, tokens, D, D0, D1, R, ALIGN)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -242,20 +173,8 @@ def _plan(
         "PRECISION": precision(dtype),
         **settings,
     }
-    means = -(-kv_len // block_k) * kv_heads * d, kv_heads * d, d
-    numbers = (nq, kv_len, h, h // kv_heads, *strides, *means, *list_strides)
+    numbers = (nq, kv_len, h, h // kv_heads, *strides, *list_strides)
     return Launch(-(-nq // settings["M"]) * b * h, numbers, constants)
-
-
-@functools.lru_cache(maxsize=1024)
-def _pool_plan(
-    shape: torch.Size, strides: tuple[int, ...], device: torch.device, aligned: bool, block_k: int
-) -> Launch:
-    b, p, h, d = shape
-    d0, d1 = parts(d)
-    align = alignment(*strides) if aligned else 1
-    constants = {"D": d, "D0": d0, "D1": d1, "BLOCK_K": block_k, "R": POOL_ROWS, "ALIGN": align, "num_warps": 4}
-    return Launch(b * h * -(-p // block_k), (p, h, *strides), constants)
 
 
 def kind_of(x: Tensor) -> Kind:
@@ -325,25 +244,6 @@ def _check(q: Kind, k: Kind, v: Kind, lists: Lists) -> None:
     check_lists("block_sparse.attend", lists, (b, h, p_q, p_k), q[2], BLOCKS_K)
 
 
-def pool(k: Tensor, v: Tensor, live: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
-    """The means of k and of v [B, Pk, Hkv, D] over the tokens of each block.
-
-    Args:
-        live: int32 [nk], how many places of a block are taken, the first ones; what the others hold is not read. The last
-            block may be there in part.
-
-    Returns:
-        Two tensors [B, nk, Hkv, D], summed in fp32; 0 for an empty block.
-    """
-    k, v = unit_stride(k), unit_stride(v)
-    b, p, h, d = k.shape
-    k_means, v_means = (torch.empty((b, -(-p // block_k), h, d), dtype=x.dtype, device=x.device) for x in (k, v))
-    launch = _pool_plan(k.shape, (*k.stride()[:3], *v.stride()[:3]), k.device, aligned(k, v), block_k)
-    with on_device_of(k):
-        launch(_pool, (k, v, live.contiguous(), k_means, v_means))
-    return k_means, v_means
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -351,7 +251,6 @@ def attend(
     blocks: BlockList,
     *,
     scale: float | None = None,
-    pooled: bool = False,
     return_lse: bool = False,
     flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -363,7 +262,6 @@ def attend(
         blocks: the lists, on q's device, of ceil(Pq / block_q) blocks of queries and ceil(Pk / block_k) of keys; B and H
             may be expanded.
         scale: factor on q k^T, not negative; 1 / sqrt(D) by default.
-        pooled: whether blocks that are not in a list take part by their means.
         return_lse: whether to return the log-sum-exp too.
         flag: int32, set to 1 where the output is not finite.
 
@@ -377,11 +275,10 @@ def attend(
     _check(*map(kind_of, (q, k, v)), kinds_of(blocks))
     qk_scale = scale_log2(scale, q.shape[3])
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    counts, indices, keep, live = blocks.counts, blocks.indices, blocks.keep, blocks.live.contiguous()
+    counts, indices, live = blocks.counts, blocks.indices, blocks.live.contiguous()
     b, nq, h, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((b, h, nq), dtype=torch.float32, device=q.device) if return_lse else None
-    means = pool(k, v, live, blocks.block_k) if pooled else (None, None)
     missing = blocks.block_k - k.shape[1]
     if missing > 0:  # tiles are read whole
         k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (k, v))
@@ -390,14 +287,14 @@ def attend(
         k.shape[1],
         k.shape[2],
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        (*counts.stride(), *indices.stride(), *keep.stride()),
+        (*counts.stride(), *indices.stride()),
         q.dtype,
         q.device,
         aligned(q, k, v),
         blocks.block_q,
         blocks.block_k,
     )
-    tensors = (q, k, v, out, counts, indices, live, keep.view(torch.int8) if pooled else None, *means, lse, flag)
+    tensors = (q, k, v, out, counts, indices, live, lse, flag)
     with on_device_of(q):
         launch(_forward, tensors, qk_scale)
     return out, lse

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from videoattn.call import Call
 from videoattn.kernels import sdpa
+from videoattn.kernels.block_sparse_reference import counted, means
 from videoattn.kernels.sparse_backend import SparseBackend
 from videoattn.selection.block_list import BlockList
 
@@ -30,15 +31,21 @@ def attend(
     kv_len: Tensor | None,
     flag: Tensor | None,
     lists: BlockList,
-) -> tuple[Tensor, None]:
+    remainder: bool,
+) -> Tensor:
     """Attention of q, k, v [B, N, H, D] to the blocks of a list. Rows see a key at least: their own block's."""
-    mask = lists.token_mask()[..., : q.shape[1], : k.shape[1]]
+    nq, nk = q.shape[1], k.shape[1]
+    mask = lists.token_mask()[..., :nq, :nk]
     if kv_len is not None:
-        mask = mask & (torch.arange(k.shape[1], device=k.device) < kv_len[:, None])[:, None, None]
+        mask = mask & (torch.arange(nk, device=k.device) < kv_len[:, None])[:, None, None]
+    if remainder:  # means are keys like others, whose scores have the logarithm of their tokens on them
+        tokens = counted(lists, kv_len)
+        k, v = (torch.cat([x, means(x, tokens, lists.block_k).to(x.dtype)], dim=1) for x in (k, v))
+        left_out = tokens[:, None, None].masked_fill(lists.keep, 0).repeat_interleave(lists.block_q, dim=2)
+        mask = torch.cat([mask, left_out[:, :, :nq]], dim=-1).to(q.dtype).log()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(
-        1, 2
-    ).contiguous(), None
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
 
 
 class Masked(SparseBackend):

@@ -16,6 +16,7 @@ from videoattn.kernels.operands import Quantised
 from videoattn.kernels.prepare import prepare
 from videoattn.kernels.quantise import quantise, quantise_streams
 from videoattn.kernels.quantised_backend import QuantisedBackend
+from videoattn.kernels.remainder import add_quantised
 from videoattn.kernels.sparse_backend import Blocks, Selection, SparseBackend
 from videoattn.kernels.unquantised import LN2, block_means, unquantised
 from videoattn.policy import Decision
@@ -41,9 +42,8 @@ class QuantisedSparseBackend(SparseBackend):
     def _attend(self, selection: Selection, call: Call, flag: Tensor | None) -> Callable[..., Tensor]:
         def attend(q, k, v, kv_len, scale):
             q, k, v = (selection.arranged(x) for x in (q, k, v))
-            return self._walk(
-                quantise(q, k, v, pv=self.dense.pv, scale=scale, kv_len=kv_len), selection, call, kv_len, flag
-            )
+            x = quantise(q, k, v, scale=scale, **self._options(selection, kv_len))
+            return self._walk(x, selection, call, kv_len, flag)
 
         return attend
 
@@ -55,17 +55,24 @@ class QuantisedSparseBackend(SparseBackend):
             return lambda streams, kv_len: attend(*prepare(prologue, call.heads, *streams), kv_len, None)
 
         def run(streams: Sequence[Stream], kv_len: Tensor | None) -> Tensor:
-            x = quantise_streams(prologue, call.heads, *streams, pv=self.dense.pv, kv_len=kv_len)
+            x = quantise_streams(prologue, call.heads, *streams, **self._options(selection, kv_len))
             return self._walk(x, selection, call, kv_len, flag)
 
         return run
+
+    def _options(self, selection: Selection, kv_len: Tensor | None) -> dict[str, object]:
+        return {"pv": self.dense.pv, "kv_len": kv_len, "return_lse": selection.decision.remainder}
 
     def _walk(
         self, x: Quantised, selection: Selection, call: Call, kv_len: Tensor | None, flag: Tensor | None
     ) -> Tensor:
         lists = selection.lists(lambda: select(selection, x, call, kv_len), of_lengths=kv_len is not None)
+        remainder, options = selection.decision.remainder, {"kv_len": kv_len, "flag": flag}
         sizes = {"head_dim": call.head_dim, "dtype": call.dtype}
-        return selection.restored(self.attend(x, **sizes, kv_len=kv_len, flag=flag, lists=lists)[0])
+        out, lse = self.attend(x, **sizes, lists=lists, return_lse=remainder, **options)
+        if remainder:
+            add_quantised(out, lse, x, lists, **options)
+        return selection.restored(out)
 
 
 def select(selection: Selection, x: Quantised, call: Call, kv_len: Tensor | None) -> BlockList:

@@ -5,6 +5,8 @@ A list is of blocks as large as the kernel's tiles or twice that: for Hopper 192
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from videoattn.call import Call
@@ -12,25 +14,27 @@ from videoattn.kernels import block_sparse, flash, flash_hopper, quantised, quan
 from videoattn.kernels.hopper_device import M
 from videoattn.kernels.operands import KEYS, PV
 from videoattn.kernels.quantised_sparse_backend import QuantisedSparseBackend
-from videoattn.kernels.sparse_backend import SparseBackend
+from videoattn.kernels.remainder import add
+from videoattn.kernels.sparse_backend import Attend, SparseBackend
 from videoattn.selection.block_list import BlockList
 
 SQUARE = 2 * M.value  # queries and keys of a block that may have empty places
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None,
-    kv_len: None,
-    flag: Tensor | None,
-    lists: BlockList,
-    remainder: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """kernels/block_sparse.py as a backend calls it."""
-    return block_sparse.attend(q, k, v, lists, scale=scale, flag=flag, pooled=remainder)
+def _along(kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> Attend:
+    """A kernel that takes lists, as a backend calls it."""
+
+    def attend(q, k, v, *, scale, kv_len, flag, lists, remainder):
+        out, lse = kernel(q, k, v, scale=scale, kv_len=kv_len, flag=flag, lists=lists, return_lse=remainder)
+        if remainder:
+            add(out, lse, q, k, v, lists, scale=scale, kv_len=kv_len, flag=flag)
+        return out
+
+    return attend
+
+
+def _portable_exact(q, k, v, *, kv_len: None, lists: BlockList, **options) -> tuple[Tensor, Tensor | None]:
+    return block_sparse.attend(q, k, v, lists, **options)
 
 
 def _limits(call: Call) -> str | None:
@@ -58,9 +62,9 @@ def _quantised_hopper(pv: PV):
 
 
 BACKENDS = (
-    SparseBackend("triton_sparse", *flash.BACKENDS, _attend, _portable, remainder=True, limits=_limits),
+    SparseBackend("triton_sparse", *flash.BACKENDS, _along(_portable_exact), _portable, limits=_limits),
     *(QuantisedSparseBackend(f"triton_sparse_int8_{dense.pv}", dense, _portable) for dense in quantised.BACKENDS),
-    SparseBackend("triton_hopper_sparse", *flash_hopper.BACKENDS, flash_hopper.attend, _exact_hopper),
+    SparseBackend("triton_hopper_sparse", *flash_hopper.BACKENDS, _along(flash_hopper.attend), _exact_hopper),
     *(
         QuantisedSparseBackend(f"triton_hopper_sparse_int8_{dense.pv}", dense, _quantised_hopper(dense.pv))
         for dense in quantised_hopper.BACKENDS

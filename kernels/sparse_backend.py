@@ -32,8 +32,8 @@ UNKNOWN = 0.5  # density of a selector that goes by a threshold
 Blocks = Callable[[Call, bool], tuple[int, int]]
 """(call, whether blocks may be filled in part, which are square then) -> queries and keys of a block."""
 
-Attend = Callable[..., tuple[Tensor, Tensor | None]]
-"""(q, k, v, scale, kv_len, flag, lists) -> out, lse: the dense kernel's launcher, along lists."""
+Attend = Callable[..., Tensor]
+"""(q, k, v, scale, kv_len, flag, lists, remainder) -> out: attention along lists; `remainder`: see policy.Sparse."""
 
 
 class SparseBackend:
@@ -44,7 +44,6 @@ class SparseBackend:
         dense: the backend that computes the same with all blocks.
         attend: its kernel, along lists.
         blocks: how large they are.
-        remainder: whether the kernel keeps blocks that are left out in the softmax by their means, where asked to.
         limits: what it does not take of what the dense kernel takes: (call) -> reason or None.
     """
 
@@ -55,7 +54,6 @@ class SparseBackend:
         attend: Attend,
         blocks: Blocks,
         *,
-        remainder: bool = False,
         limits: Callable[[Call], str | None] = lambda call: None,
     ) -> None:
         self.name = name
@@ -63,7 +61,6 @@ class SparseBackend:
         self.dense = dense
         self.attend = attend
         self.blocks = blocks
-        self.remainder = remainder
         self.limits = limits
         self.kept = Kept()
 
@@ -84,8 +81,6 @@ class SparseBackend:
             return f"leaves key blocks out, asked for {decision}"
         if call.mask != "none" or call.causal:
             return "takes neither a mask nor causal attention"
-        if decision.remainder and not self.remainder:
-            return "has no pooled remainder"
         reason = _refuses_tokens(call) or self.limits(call) or self.dense.refuses(call, Dense(decision.precision))
         return self._refuses_blocks(call, decision.selector) if reason is None else reason
 
@@ -145,12 +140,12 @@ class SparseBackend:
 
     def _attend(self, selection: Selection, call: Call, flag: Tensor | None) -> Callable[..., Tensor]:
         """(q, k, v [B, N, H, D], kv_len, scale) -> out."""
-        options = {"flag": flag, **({"remainder": True} if selection.decision.remainder else {})}
+        options = {"flag": flag, "remainder": selection.decision.remainder}
 
         def attend(q, k, v, kv_len, scale):
             q, k, v = (selection.arranged(x) for x in (q, k, v))
             lists = selection.lists(lambda: selection.select(kv_len, q, k, scale), of_lengths=kv_len is not None)
-            return selection.restored(self.attend(q, k, v, scale=scale, kv_len=kv_len, lists=lists, **options)[0])
+            return selection.restored(self.attend(q, k, v, scale=scale, kv_len=kv_len, lists=lists, **options))
 
         return attend
 

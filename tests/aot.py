@@ -47,13 +47,14 @@ class Case:
         pv: how the quantised kernel multiplies p and v.
         family: whose projections a pass before attention takes, "" for finished q, k and v.
         blocks: places of a block of queries and of one of keys, of the block-sparse kernel and of lists.
-        pooled: whether it has the pooled remainder.
         lists: whether the quantised kernel walks along lists. gaps: whether more of their blocks than the last may be
             filled in part.
         tuned: entries that replace those of the shipped config.
     """
 
-    kernel: Literal["temporal", "flash", "block_sparse", "antidiagonal", "quantised", "prepare", "quantise"]
+    kernel: Literal[
+        "temporal", "flash", "block_sparse", "remainder", "antidiagonal", "quantised", "prepare", "quantise"
+    ]
     capability: int
     head_dim: int
     tokens: int = 4096
@@ -65,7 +66,6 @@ class Case:
     pv: Literal["fp8", "16bit", "int8", ""] = ""
     family: Literal["wan", "cogvideox", "hunyuan", ""] = ""
     blocks: tuple[int, int] = (128, 128)
-    pooled: bool = False
     lists: bool = False
     gaps: bool = False
     tuned: tuple[tuple[str, int], ...] = ()
@@ -73,7 +73,7 @@ class Case:
     def __str__(self) -> str:
         shape = f" x {self.tokens} tokens" if self.kernel == "temporal" else ""
         extras = [self.mask] * (self.mask != "none")
-        extras += [x for x in ("causal", "kv_len", "pooled", "gaps", "lse") if getattr(self, x)]
+        extras += [x for x in ("causal", "kv_len", "gaps", "lse") if getattr(self, x)]
         if self.kernel == "block_sparse" or self.lists:
             extras.append("blocks {} x {}".format(*self.blocks))
         kernel = " ".join(filter(None, (self.kernel, self.family, self.pv)))
@@ -109,7 +109,7 @@ class Figures:
         if self.shared > 1024 * SHARED_KIB[case.capability]:
             found.append(f"{self.shared / 1024:.0f} KiB of shared memory, the card has {SHARED_KIB[case.capability]}")
         if (
-            case.kernel in ("flash", "block_sparse", "antidiagonal", "quantised")
+            case.kernel in ("flash", "block_sparse", "remainder", "antidiagonal", "quantised")
             and case.capability == 90
             and case.dtype != "fp32"
             and set(self.products) != {"wgmma"}
@@ -133,13 +133,23 @@ def quantised(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -> l
 
 
 def block_sparse(head_dims: Iterable[int], forms: Iterable[dict[str, object]]) -> list[Case]:
-    """With and without the pooled remainder, for every card."""
+    """For every card."""
     return [
-        Case(kernel="block_sparse", capability=capability, head_dim=head_dim, pooled=pooled, **form)
+        Case(kernel="block_sparse", capability=capability, head_dim=head_dim, **form)
         for capability in SHARED_KIB
         for head_dim in head_dims
-        for pooled in (False, True)
         for form in forms
+    ]
+
+
+def remainder(head_dims: Iterable[int], pvs: Iterable[str]) -> list[Case]:
+    """What adds the means of blocks that were left out, behind the exact kernel (pv "") and the quantised ones."""
+    return [
+        Case(kernel="remainder", capability=capability, head_dim=head_dim, pv=pv)
+        for capability in SHARED_KIB
+        for head_dim in head_dims
+        for pv in pvs
+        if pv != "fp8" or capability >= 89
     ]
 
 
@@ -169,6 +179,7 @@ def shipped() -> list[Case]:
         quantised((40, 64, 80, 128, 160), [{}])
         + quantised((64, 128), [{"lists": True}, {"lists": True, "gaps": True, "blocks": (192, 128)}])
         + block_sparse((64, 128), [{}, {"blocks": (192, 128)}])
+        + remainder((64, 128), ("", "fp8", "16bit"))
         + selection((64, 128, 256))
         + before()
         + [
@@ -261,6 +272,7 @@ def compiled(case: Case) -> Figures:
     import triton
 
     from videoattn.kernels import antidiagonal, block_sparse, flash, operands, prepare, quantise, quantised, temporal
+    from videoattn.kernels import remainder as remainder_kernel
     from videoattn.selection.arrangement import Blocks
     from videoattn.selection.block_list import BlockList
 
@@ -291,7 +303,7 @@ def compiled(case: Case) -> Figures:
 
     log, made = io.StringIO(), []
     modules = {"flash": flash, "temporal": temporal, "quantised": quantised, "prepare": prepare, "quantise": quantise}
-    modules |= {"block_sparse": block_sparse, "antidiagonal": antidiagonal}
+    modules |= {"block_sparse": block_sparse, "antidiagonal": antidiagonal, "remainder": remainder_kernel}
     module = modules[case.kernel]
     for plan in (x for module in modules.values() for name, x in vars(module).items() if name.endswith("_plan")):
         plan.cache_clear()  # which do not tell cards apart
@@ -301,7 +313,7 @@ def compiled(case: Case) -> Figures:
         names = {
             "prepare": ["_prepare"],
             "quantise": ["_statistics", "_operands"],
-            "block_sparse": ["_pool", "_forward"],
+            "remainder": ["_means", "_quantised_means", "_add"],
             "antidiagonal": ["_regroup", "_tile_sums", "_masses"],
         }
         for name in names.get(case.kernel, ["_forward"]):
@@ -312,7 +324,7 @@ def compiled(case: Case) -> Figures:
         for of_card in (antidiagonal, block_sparse, flash, quantise, quantised):
             stack.enter_context(mock.patch.object(of_card, "capability_of", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))
-        if case.kernel == "quantised":
+        if case.kernel == "quantised" or case.kernel == "remainder" and case.pv:
             w, blocks = -(-d // 16) * 16, -(-n // operands.KEYS)
             ints, row = tensor(2, 8, n, w, dtype="int8"), tensor(2, 8, n, dtype="fp32")
             v, v_scale = tensor(2, n, 8, d), None
@@ -320,9 +332,15 @@ def compiled(case: Case) -> Figures:
                 v, v_scale = tensor(2, 8, w, blocks * operands.KEYS, dtype=case.pv), tensor(2, 8, d, dtype="fp32")
             x = operands.Quantised(ints, row, ints, tensor(2, 8, blocks, 4, dtype="fp32"), v, v_scale, row)
             options |= {"lists": lists} if case.lists else {}
-            quantised.attend_quantised(x, head_dim=d, dtype=dtypes[case.dtype], **options)
+            if case.kernel == "quantised":
+                quantised.attend_quantised(x, head_dim=d, dtype=dtypes[case.dtype], **options)
+            else:
+                remainder_kernel.add_quantised(tensor(2, n, 8, d), row, x, lists, flag=tensor(1, dtype="int"))
         elif case.kernel == "block_sparse":
-            block_sparse.attend(*(tensor(2, n, 8, d) for _ in range(3)), lists, pooled=case.pooled, **options)
+            block_sparse.attend(*(tensor(2, n, 8, d) for _ in range(3)), lists, **options)
+        elif case.kernel == "remainder":
+            out, *qkv = (tensor(2, n, 8, d) for _ in range(4))
+            remainder_kernel.add(out, tensor(2, 8, n, dtype="fp32"), *qkv, lists, flag=tensor(1, dtype="int"))
         elif case.kernel == "antidiagonal":
             blocks = Blocks(size=128, live=tensor(n // 128, dtype="int"), video=0, boxes=tensor(0, 3, 2, dtype="int"))
             antidiagonal.block_mass(tensor(2, n, 8, d), tensor(2, n, 8, d), blocks, blocks, stride=16)

@@ -1,13 +1,17 @@
 """Under torch.compile: the same latents, no graph break, and no more graphs than the host alone needs."""
 
+import copy
+
 import pytest
 import torch
 from tiny_pipelines import build, denoisers, run
 
 import videoattn
+from videoattn.call import Grid
 from videoattn.kernels import masked
-from videoattn.policy import Policy, Sparse
+from videoattn.policy import Policy, Sparse, Windows
 from videoattn.selection.pooled import Pooled
+from videoattn.selection.sliding_tiles import SlidingTiles
 from videoattn.session import session_of
 
 # Blocks that a user compiles where the host names no `_repeated_blocks`.
@@ -183,6 +187,36 @@ def test_dense_and_sparse_steps_cost_a_set_of_graphs_each(name, monkeypatch):
     assert shares[str(policy.decision)] == shares["exact"] == 0.5
 
 
+def test_windows_of_their_own_in_every_layer_cost_no_graph(monkeypatch):
+    """More than eight different layers would pass Dynamo's limit: where a call stands reaches the operator as a tensor."""
+    monkeypatch.setattr(masked.BACKENDS[0], "blocks", lambda call, gaps: (8, 8))
+    windows = Windows(
+        sites=(("blocks.0.attn1", ((1, 4, 4), (5, 2, 4))), ("blocks.1.attn1", ((5, 4, 4), (1, 2, 2)))),
+        grid=Grid(frames=3, height=6, width=8),
+        tile=(1, 2, 4),
+    )
+    policy = Policy(decision=Sparse(SlidingTiles(windows=((5, 8, 8),))), windows=windows)
+    eager = videoattn.enable_fast_attention(build("wan"), policy, backend="sdpa_masked")
+    expected = run("wan", eager)
+    for patch in session_of(eager.transformer).patches:
+        if patch.site.name.endswith("attn1"):
+            (plan,) = patch.ours.run.plans.values()
+            assert plan.choice.decision.selector == windows.of(patch.site.name)
+    pipe, host = compiled("wan", order="host alone")
+    run("wan", pipe)
+    torch._dynamo.reset()
+    pipe, graphs = videoattn.enable_fast_attention(build("wan"), policy, backend="sdpa_masked"), Graphs()
+    compile_blocks(pipe, graphs)
+    assert torch.equal(run("wan", pipe), expected)
+    assert 0 < graphs.count <= host.count
+    copied = copy.deepcopy(pipe.transformer)
+    plans = [plan for plan in session_of(copied).plans]
+    assert not plans  # a copy makes its own, and knows the windows
+    assert {patch.ours.run.decision for patch in session_of(copied).patches} == {
+        patch.ours.run.decision for patch in session_of(pipe.transformer).patches
+    }
+
+
 def test_aot_autograd_takes_the_operator():
     """Its fake form promises shapes, dtypes and strides that every kernel keeps."""
     pipe = videoattn.enable_fast_attention(build("wan"), "exact")
@@ -193,7 +227,7 @@ def test_aot_autograd_takes_the_operator():
 
 
 @pytest.mark.parametrize("layout", ["BNHD", "BHND"])
-@pytest.mark.parametrize("masked", ["none", "mask", "kv_len"])
+@pytest.mark.parametrize("masked", ["none", "mask", "kv_len", "place"])
 def test_the_operator_obeys_its_own_schema(layout, masked):
     from videoattn.policy import EXACT
     from videoattn.runner import Runner
@@ -206,6 +240,6 @@ def test_the_operator_obeys_its_own_schema(layout, masked):
     kv_len = torch.tensor([5, 2], dtype=torch.int32) if masked == "kv_len" else None
     torch.library.opcheck(
         torch.ops.videoattn.attend.default,
-        (q, k, v, mask, kv_len, None, layout, False, runner.key),
+        (q, k, v, mask, kv_len, None, layout, False, runner.key, torch.tensor(0) if masked == "place" else None),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -13,7 +13,7 @@ from videoattn.kernels import block_sparse, flash, reference
 from videoattn.kernels import block_sparse_reference as oracle
 from videoattn.selection.arrangement import Tokens, arrange
 from videoattn.selection.block_list import BlockList
-from videoattn.testing import assert_close_to_oracle, excess, make_qkv
+from videoattn.testing import assert_close_to_oracle, make_qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # log2(0)
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -40,53 +40,13 @@ def inputs(lists, heads, head_dim, *, missing=(0, 0), **options):
     return make_qkv(*sizes, **{"dtype": FP16, "device": DEVICE} | options)
 
 
-def plain(q, k, v, lists, *, scale=None, pooled=False):
-    """The oracle's formula with every intermediate rounded to the inputs' dtype: what the kernel's error is held against."""
-    nk, dtype = lists.live.shape[0], q.dtype
-    live, groups = lists.live.to(dtype), q.shape[2] // k.shape[2]
-    means = [oracle.pool(x, lists.live, lists.block_k) / lists.live.clamp_min(1)[:, None, None] for x in (k, v)]
-    k, v = (torch.cat([x, mean.to(dtype)], 1) for x, mean in zip((k, v), means, strict=True))
-    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
-    left_out = (~lists.keep & (lists.live > 0) & pooled).repeat_interleave(lists.block_q, 2)[:, :, : q.shape[2]]
-    mask = torch.cat([oracle.token_mask(lists, q.shape[2], k.shape[2] - nk), left_out], -1)
-    scores = (q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(
-        ~mask, -torch.inf
-    )
-    p = (scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)).exp()
-    p[..., -nk:] *= live
-    total = p.sum(-1, keepdim=True)
-    return ((p / total.masked_fill(total == 0, 1)) @ v).transpose(1, 2)
-
-
-def assert_lse(lse, exact, q, k, lists, *, scale=None, pooled=False):
-    """As kernel_checks.assert_close_lse, and for pooled blocks half a unit in the last place of the mean key."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2).transpose(1, 2)
-    products = scale * (q.transpose(1, 2).abs().double() @ keys.abs().double().transpose(-1, -2)).amax(-1)
-    units = (q.shape[-1] + 4) * products + k.shape[1] + lists.live.shape[0] + 8 + exact.abs()
-    bound = units * EPS
-    if pooled:
-        bound += products * (torch.finfo(q.dtype).eps / 2 + lists.block_k * EPS) + 5 * EPS  # the mean; log2 of a count
-    blind = exact == -torch.inf
-    assert (lse.shape, lse.dtype) == (exact.shape, FP32)
-    assert torch.equal(lse == -torch.inf, blind)
-    over = (lse - exact).abs()[~blind] - bound[~blind]
-    assert (over <= 0).all(), f"lse is off by {over.max():.2e} more than it may be"
-
-
-def check(q, k, v, lists, **options):
-    """Output and log-sum-exp are the oracle's, and the flag stays down."""
+def check(q, k, v, lists, *, scale=None):
+    """Output and log-sum-exp are the dense oracle's under the lists' mask, and the flag stays down."""
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    out, lse = block_sparse.attend(q, k, v, lists, return_lse=True, flag=flag, **options)
-    exact, exact_lse = oracle.attend(q, k, v, lists, **options)
-    wrong = excess(out, exact, plain(q, k, v, lists, **options))
-    assert wrong is None, wrong
-    assert_lse(lse, exact_lse, q, k, lists, **options)
-    if not options.get("pooled"):  # the dense oracle under a mask says the same, with its own bounds
-        mask = oracle.token_mask(lists, q.shape[1], k.shape[1])
-        masked = {"mask": mask, "scale": options.get("scale")}
-        assert_close_to_oracle(out, q, k, v, **masked)
-        assert_close_lse(lse, q, k, v, **masked)
+    out, lse = block_sparse.attend(q, k, v, lists, scale=scale, return_lse=True, flag=flag)
+    masked = {"mask": oracle.token_mask(lists, q.shape[1], k.shape[1]), "scale": scale}
+    assert_close_to_oracle(out, q, k, v, **masked)
+    assert_close_lse(lse, q, k, v, **masked)
     assert out.is_contiguous()
     assert flag.item() == 0
 
@@ -103,33 +63,9 @@ def test_the_oracle_without_a_remainder_is_the_dense_one_under_a_mask(scale):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_the_oracle_with_a_remainder_is_exact_where_the_keys_of_a_block_are_alike():
-    """Then a block counts as its mean does: whatever is kept, the result is that of all keys."""
-    lists = make_lists(2, 2, 3, (64, 5, 0, 17))
-    q, k, v = inputs(lists, 2, 16, dtype=FP32)
-    k = k[:, ::64].repeat_interleave(64, 1)
-    every = BlockList.of(torch.ones_like(lists.keep), lists.live, 64, 64)
-    expected = reference.attend(q, k, v, mask=every.token_mask())
-    for got, wanted in zip(oracle.attend(q, k, v, lists, pooled=True), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-
-
-def test_the_oracle_with_a_remainder_by_hand():
-    """One key block kept, of one token; one pooled, of two, whose mean key scores log 3."""
-    lists = BlockList.of(torch.tensor([True, False]).view(1, 1, 1, 2), torch.tensor([1, 2], dtype=torch.int32), 64, 64)
-    q, k, v = torch.zeros(1, 64, 1, 16), torch.zeros(1, 128, 1, 16), torch.zeros(1, 128, 1, 16)
-    q[..., 0] = 1.0
-    k[:, 64:66, :, 0] = torch.tensor([0.0, 2.0]).view(2, 1) * torch.tensor(3.0).log()
-    v[:, 0], v[:, 64], v[:, 65] = 1.0, 2.0, 4.0
-    out, lse = oracle.attend(q, k, v, lists, scale=1.0, pooled=True)
-    torch.testing.assert_close(out, torch.full_like(out, (1 + 3 * (2 + 4)) / (1 + 2 * 3)))
-    torch.testing.assert_close(lse, torch.full_like(lse, 7.0).log())
-
-
 # ---------------------------------------------------------------- the kernel
 
 
-@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize(
     # B, H, Hkv, D, blocks of queries, tokens of the blocks of keys, block_q, block_k
     ("batch", "heads", "kv_heads", "head_dim", "nq", "live", "block_q", "block_k", "dtype", "layout"),
@@ -148,27 +84,23 @@ def test_the_oracle_with_a_remainder_by_hand():
         (1, 1, 1, 128, 1, (64, 50), 64, 64, FP32, "BHND"),
     ],
 )
-def test_it_equals_the_oracle(
-    batch, heads, kv_heads, head_dim, nq, live, block_q, block_k, dtype, layout, pooled, poisoned
-):
+def test_it_equals_the_oracle(batch, heads, kv_heads, head_dim, nq, live, block_q, block_k, dtype, layout, poisoned):
     lists = make_lists(batch, heads, nq, live, block_q=block_q, block_k=block_k)
     q, k, v = inputs(lists, heads, head_dim, kv_heads=kv_heads, dtype=dtype, layout=layout)
-    check(q, k, v, lists, pooled=pooled)
+    check(q, k, v, lists)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 0.3])
-def test_scale(scale, pooled, poisoned):
+def test_scale(scale, poisoned):
     lists = make_lists(1, 2, 2, (64, 9))
-    check(*inputs(lists, 2, 40), lists, scale=scale, pooled=pooled)
+    check(*inputs(lists, 2, 40), lists, scale=scale)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.8, 1.0])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_densities(density, pooled, poisoned):
-    """More blocks than the kernel pools at a time. At 0 and without a remainder, there is nothing."""
+def test_densities(density, poisoned):
+    """At 0 there is nothing."""
     lists = make_lists(1, 1, 2, (64,) * 20 + (0, 3) + (60,) * 13, density=density)
-    check(*inputs(lists, 1, 16), lists, pooled=pooled)
+    check(*inputs(lists, 1, 16), lists)
 
 
 def test_a_row_without_a_key_gives_nothing(poisoned):
@@ -177,7 +109,6 @@ def test_a_row_without_a_key_gives_nothing(poisoned):
     assert not out.any() and (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("missing", [(63, 1), (0, 40)], ids=str)
 @pytest.mark.parametrize(
     # Hkv, D, blocks of queries, blocks of keys, block_q, block_k
@@ -192,7 +123,7 @@ def test_a_row_without_a_key_gives_nothing(poisoned):
     ],
 )
 def test_sequences_that_end_within_a_block(
-    kv_heads, head_dim, nq, nk, block_q, block_k, dtype, layout, missing, pooled, poisoned
+    kv_heads, head_dim, nq, nk, block_q, block_k, dtype, layout, missing, poisoned
 ):
     """Which is kept in some lists, and in some not; blocks before it may be filled in part."""
     live = [block_k] * nk
@@ -200,14 +131,13 @@ def test_sequences_that_end_within_a_block(
     live[-1] = min(live[-1], block_k - missing[1])
     lists = make_lists(2, 2, nq, live, block_q=block_q, block_k=block_k)
     q, k, v = inputs(lists, 2, head_dim, kv_heads=kv_heads, dtype=dtype, layout=layout, missing=missing)
-    check(q, k, v, lists, pooled=pooled)
+    check(q, k, v, lists)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("keys", [1, 7, 16, 63])
-def test_fewer_keys_than_a_tile(keys, pooled, poisoned):
+def test_fewer_keys_than_a_tile(keys, poisoned):
     lists = make_lists(1, 2, 2, (keys,), density=0.8)
-    check(*inputs(lists, 2, 40, missing=(30, 64 - keys), layout="fused"), lists, pooled=pooled)
+    check(*inputs(lists, 2, 40, missing=(30, 64 - keys), layout="fused"), lists)
 
 
 def test_what_lies_behind_the_sequences_is_neither_read_nor_written(poisoned):
@@ -241,33 +171,29 @@ def test_blocks_without_a_token_are_as_if_they_were_not_there(poisoned):
     q, k, v = inputs(lists, 2, 40)
     others = (torch.randn(1, 64, 2, 40, device=DEVICE).half() for _ in range(6))
     more_k, more_v = (torch.cat([next(others), x, next(others), next(others)], 1) for x in (k, v))
-    for pooled in (False, True):
-        out, lse = block_sparse.attend(q, more_k, more_v, more, pooled=pooled, return_lse=True)
-        exact, exact_lse = oracle.attend(q, k, v, lists, pooled=pooled)
-        wrong = excess(out, exact, plain(q, k, v, lists, pooled=pooled))
-        assert wrong is None, wrong
-        assert_lse(lse, exact_lse, q, k, lists, pooled=pooled)
-        if DEVICE == "cpu":
-            expected, expected_lse = block_sparse.attend(q, k, v, lists, pooled=pooled, return_lse=True)
-            assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    out, lse = block_sparse.attend(q, more_k, more_v, more, return_lse=True)
+    mask = oracle.token_mask(lists, q.shape[1], k.shape[1])
+    assert_close_to_oracle(out, q, k, v, mask=mask)
+    assert_close_lse(lse, q, k, v, mask=mask)
+    if DEVICE == "cpu":
+        expected, expected_lse = block_sparse.attend(q, k, v, lists, return_lse=True)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_lists_of_blocks_without_a_token(pooled, poisoned):
+def test_lists_of_blocks_without_a_token(poisoned):
     """No weight at all: 0 and -inf, exactly."""
     lists = make_lists(1, 2, 2, (0, 0, 0), density=0.6)
-    out, lse = block_sparse.attend(*inputs(lists, 2, 40), lists, pooled=pooled, return_lse=True)
+    out, lse = block_sparse.attend(*inputs(lists, 2, 40), lists, return_lse=True)
     assert not out.any() and (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_what_empty_places_hold_does_not_matter(pooled):
+def test_what_empty_places_hold_does_not_matter():
     lists = make_lists(2, 2, 2, (64, 20, 1, 0))
     q, k, v = inputs(lists, 2, 40)
-    expected = block_sparse.attend(q, k, v, lists, pooled=pooled, return_lse=True)
+    expected = block_sparse.attend(q, k, v, lists, return_lse=True)
     empty = (torch.arange(64, device=DEVICE) >= lists.live[:, None]).flatten()
     k[:, empty], v[:, empty] = 60000.0, -60000.0
-    got = block_sparse.attend(q, k, v, lists, pooled=pooled, return_lse=True)
+    got = block_sparse.attend(q, k, v, lists, return_lse=True)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -278,12 +204,11 @@ def test_every_block_kept_is_dense_attention_bit_for_bit(head_dim, dtype, poison
     lists = make_lists(2, 2, 2, (128, 128), block_q=128, block_k=128, density=1.0)
     q, k, v = inputs(lists, 2, head_dim, kv_heads=1, dtype=dtype, layout="fused")
     expected = flash.attend(q, k, v, return_lse=True)
-    for pooled in (False, True):  # of which nothing is left
-        got = block_sparse.attend(q, k, v, lists, pooled=pooled, return_lse=True)
-        if DEVICE == "cpu":
-            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        for x, wanted in zip(got, expected, strict=True):
-            torch.testing.assert_close(x, wanted)
+    got = block_sparse.attend(q, k, v, lists, return_lse=True)
+    if DEVICE == "cpu":
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for x, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, wanted)
 
 
 @pytest.mark.parametrize("order", ["raster", "tiles", "morton"])
@@ -298,20 +223,18 @@ def test_every_block_kept_is_dense_attention_in_every_order(order, poisoned):
     assert_close_to_oracle(arrangement.restored(out), q, k, v)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_lists_that_rows_and_heads_share(pooled, poisoned):
+def test_lists_that_rows_and_heads_share(poisoned):
     shared = make_lists(1, 1, 3, (64, 20, 64), density=0.6)
     lists = shared.expand(2, 4)
     assert lists.keep.stride()[:2] == lists.indices.stride()[:2] == lists.counts.stride()[:2] == (0, 0)
     q, k, v = inputs(lists, 4, 40, kv_heads=2)
-    check(q, k, v, lists, pooled=pooled)
+    check(q, k, v, lists)
     copied = BlockList.of(lists.keep.contiguous(), lists.live, 64, 64)
-    expected, _ = block_sparse.attend(q, k, v, copied, pooled=pooled)
-    assert torch.equal(block_sparse.attend(q, k, v, lists, pooled=pooled)[0], expected)
+    expected, _ = block_sparse.attend(q, k, v, copied)
+    assert torch.equal(block_sparse.attend(q, k, v, lists)[0], expected)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_lists_of_any_strides(pooled, poisoned):
+def test_lists_of_any_strides(poisoned):
     lists = make_lists(2, 2, 2, (64, 20, 64))
     odd = dataclasses.replace(
         lists,
@@ -320,17 +243,16 @@ def test_lists_of_any_strides(pooled, poisoned):
         keep=lists.keep.transpose(0, 3).contiguous().transpose(0, 3),
         live=torch.stack([lists.live, lists.live], 1)[:, 0],
     )
-    check(*inputs(lists, 2, 40), odd, pooled=pooled)
+    check(*inputs(lists, 2, 40), odd)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_what_stands_behind_a_list_does_not_matter(pooled):
+def test_what_stands_behind_a_list_does_not_matter():
     lists = make_lists(2, 2, 2, (64, 20, 64, 64))
     q, k, v = inputs(lists, 2, 40)
     behind = torch.arange(4, device=DEVICE) >= lists.counts[..., None]
     changed = dataclasses.replace(lists, indices=lists.indices.masked_fill(behind, 0))
-    expected, _ = block_sparse.attend(q, k, v, lists, pooled=pooled)
-    assert torch.equal(block_sparse.attend(q, k, v, changed, pooled=pooled)[0], expected)
+    expected, _ = block_sparse.attend(q, k, v, lists)
+    assert torch.equal(block_sparse.attend(q, k, v, changed)[0], expected)
 
 
 def test_two_lists_that_share_nothing_merge_into_dense_attention(poisoned):
@@ -346,38 +268,27 @@ def test_two_lists_that_share_nothing_merge_into_dense_attention(poisoned):
     assert_close_lse(lse, q, k, v, mask=every.token_mask())
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_elements_that_do_not_lie_side_by_side(pooled, poisoned):
+def test_elements_that_do_not_lie_side_by_side(poisoned):
     lists = make_lists(1, 3, 2, (64, 9))
     q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs(lists, 3, 40))
     assert q.stride(-1) == 3
-    check(q, k, v, lists, pooled=pooled)
+    check(q, k, v, lists)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("offset", [1, 2, 4])
-def test_an_address_that_is_not_aligned(offset, pooled, poisoned):
+def test_an_address_that_is_not_aligned(offset, poisoned):
     lists = make_lists(1, 2, 2, (64, 9))
     moved = torch.randn(1, 128, 6, 40 + offset, device=DEVICE).half()[..., offset:]
-    check(*moved.split(2, dim=2), lists, pooled=pooled)
+    check(*moved.split(2, dim=2), lists)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("value", [0.0, 3.0])
-def test_constant_rows(value, pooled, poisoned):
+def test_constant_rows(value, poisoned):
     lists = make_lists(1, 2, 3, (64, 9, 64), density=0.5)
     lists = BlockList.of(lists.keep | torch.eye(3, dtype=torch.bool, device=DEVICE), lists.live, 64, 64)
     q, k, v = (torch.full_like(x, value) for x in inputs(lists, 2, 64, dtype=BF16))
-    out, _ = block_sparse.attend(q, k, v, lists, pooled=pooled)
+    out, _ = block_sparse.attend(q, k, v, lists)
     assert torch.equal(out, v)
-
-
-def test_values_whose_sum_fp16_cannot_hold(poisoned):
-    """128 of them in a block that is pooled."""
-    lists = make_lists(1, 1, 2, (128, 128), block_q=128, block_k=128, density=0.0)
-    q, k, v = inputs(lists, 1, 64)
-    v = (v + 20000.0).half()
-    check(q, k, v, lists, pooled=True)
 
 
 # ---------------------------------------------------------------- the flag
@@ -385,7 +296,7 @@ def test_values_whose_sum_fp16_cannot_hold(poisoned):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_the_flag_tells_of_blocks_that_are_in_a_list(value):
-    """Keys that no list names are not read; pooled, they take part."""
+    """Keys that no list names are not read."""
     keep = torch.zeros(2, 2, 2, 3, dtype=torch.bool, device=DEVICE)
     keep[..., 0] = True
     keep[1, 1, 1, 2] = True
@@ -393,52 +304,16 @@ def test_the_flag_tells_of_blocks_that_are_in_a_list(value):
     q, k, v = inputs(lists, 2, 40)
     v[0, 130, 1, 39] = value  # in block 2, which no list of this row of the batch names
 
-    def raised(**options):
+    def raised():
         flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        out, _ = block_sparse.attend(q, k, v, lists, flag=flag, **options)
+        out, _ = block_sparse.attend(q, k, v, lists, flag=flag)
         assert flag.item() == int(not out.isfinite().all())
         return ~out.isfinite()
 
     assert not raised().any()
-    bad = raised(pooled=True)
-    assert bad[0, :, 1, 39].all() and bad.sum() == 128
     v[1, 130, 1, 39] = value  # here one does
     bad = raised()
     assert bad[1, 64:, 1, 39].all() and bad.sum() == 64
-
-
-# ---------------------------------------------------------------- means of blocks
-
-
-@pytest.mark.parametrize("layout", ["BNHD", "BHND", "fused"])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(16, FP16), (40, BF16), (128, FP16), (80, FP32)])
-@pytest.mark.parametrize(
-    ("block", "live", "missing"), [(64, (64, 1, 0), 0), (128, (128, 77), 0), (64, (64, 40), 24), (128, (5,), 122)]
-)
-def test_means(head_dim, dtype, layout, block, live, missing, poisoned):
-    """Of the tokens that are there, whatever the other places hold."""
-    n = len(live) * block - missing
-    _, k, v = make_qkv(2, n, n, 3, head_dim, dtype=dtype, layout=layout, device=DEVICE)
-    empty = (torch.arange(block, device=DEVICE) >= tokens_of(*live)[:, None]).flatten()[:n]
-    k[:, empty] = v[:, empty] = torch.nan
-    for x, mean in zip((k, v), block_sparse.pool(k, v, tokens_of(*live), block), strict=True):
-        exact = oracle.pool(x, tokens_of(*live), block) / tokens_of(*live).clamp_min(1)[:, None, None]
-        greatest = x.nan_to_num().abs().double().amax()
-        bound = exact.abs() * torch.finfo(dtype).eps / 2 + greatest * (block + 2) * EPS
-        bound += torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-        assert mean.dtype == dtype and mean.shape == exact.shape
-        assert ((mean - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_values_whose_sum_fp32_does_not_hold(kept, poisoned):
-    _, k, v = make_qkv(1, 128, 128, 1, 16, dtype=BF16, device=DEVICE)
-    q = 8 * k  # every query has a key of its own: the weights, which are summed before they are divided, are few
-    v.fill_(1e37)
-    keep = torch.tensor([[True, kept], [kept, True]], device=DEVICE).expand(1, 1, 2, 2)
-    lists = BlockList.of(keep, tokens_of(64, 64), 64, 64)
-    out, _ = block_sparse.attend(q, k, v, lists, pooled=True)
-    torch.testing.assert_close(out, v)
 
 
 # ---------------------------------------------------------------- refusals
@@ -482,14 +357,13 @@ def test_refusals(change, message, monkeypatch):
     lists = make_lists(2, 4, 2, (64, 64, 10))
     tensors = dict(zip("qkv", inputs(lists, 4, 40, kv_heads=2), strict=True))
     monkeypatch.setattr(block_sparse, "_plan", None)  # nothing gets as far as a launch
-    monkeypatch.setattr(block_sparse, "_pool_plan", None)
     for name, by in change.items():
         if name in tensors:
             tensors[name] = by(tensors[name])
         else:
             lists = dataclasses.replace(lists, **{name: by(getattr(lists, name)) if callable(by) else by})
     with pytest.raises(ValueError, match=f"^block_sparse.attend: .*{message}"):
-        block_sparse.attend(**tensors, blocks=lists, pooled=True)
+        block_sparse.attend(**tensors, blocks=lists)
 
 
 def test_a_scale_below_zero():
@@ -509,4 +383,4 @@ def test_tiles_divide_blocks(capability, block_q, block_k):
         for itemsize in (2, 4):
             settings = block_sparse.config(head_dim, itemsize, capability, block_q, block_k)
             assert block_q % settings["M"] == block_k % settings["N"] == 0
-            assert min(settings["M"], settings["N"], settings["G"]) >= 16
+            assert min(settings["M"], settings["N"]) >= 16

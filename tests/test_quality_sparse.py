@@ -42,16 +42,24 @@ def test_every_selector_and_every_control_runs():
     assert {run.policy.decision.selector.order for case, run in SPARSE.items() if case.startswith("random")} == {
         run.policy.decision.selector.order for run in SPARSE.values()
     }
-    assert all(run.policy.decision.remainder == ("remainder" in run.policy.name) for run in SPARSE.values())
+    curves = {
+        case: run.policy.decision.remainder for case, run in SPARSE.items() if ": " in case and "fast" not in case
+    }
+    assert all(remainder == ("remainder" in case) for case, remainder in curves.items())
+    assert {case.replace(", remainder", "") for case, remainder in curves.items() if remainder} == {
+        case for case, remainder in curves.items() if not remainder
+    }
     assert {run.policy.decision.keep_steps for run in SPARSE.values()} == {1, *quality_sparse.KEPT}
     assert RUNS["fast"].policy.decision == PRESETS["fast"].decision
     assert RUNS["noise floor"].policy.decision == EXACT
 
 
 def test_no_gate_is_on_but_the_dense_steps():
-    for run in SPARSE.values():
+    for case, run in SPARSE.items():
         policy = run.policy
-        assert (policy.dense_steps, policy.min_steps, policy.min_tokens, policy.dense_layers) == (DENSE_STEPS, 0, 0, ())
+        _, _, dense_steps = case.partition("dense steps: ")
+        assert policy.dense_steps == float(dense_steps or DENSE_STEPS)
+        assert (policy.min_steps, policy.min_tokens, policy.dense_layers) == (0, 0, ())
         assert run.steps == STEPS
 
 
@@ -82,11 +90,6 @@ def test_a_run_takes_the_first_backend_that_computes_it():
     assert quality_sparse.backend_for(RUNS["noise floor"], CALL)[0] == "sdpa_math"
 
 
-def test_the_remainder_is_left_out_where_nobody_computes_it():
-    named, why = quality_sparse.backend_for(SPARSE["pooled, remainder: 0.2"], CALL)
-    assert named is None and why.startswith("triton_sparse: ")
-
-
 def test_torch_backend_is_registered():
     validate_backend("sdpa_masked")
 
@@ -100,7 +103,14 @@ def small(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("quality_sparse")
-    only = ["pooled: 0.2", "random, morton: 0.1", "random, morton: 0.5", "remainder: 0.2", "fast in 16 bits", "fewer"]
+    only = [
+        "pooled: 0.2",
+        "random, morton: 0.1",
+        "random, morton: 0.5",
+        "pooled, remainder: 0.2",
+        "fast in 16 bits",
+        "fewer",
+    ]
     size = ["--device", "cpu", "--size", "small", "--prompts", "1", "--steps", "2", "--dense-steps", "0.5"]
     told = ["--results", str(folder), "--sheet", str(folder / "sheet.png"), "--commit", "0" * 40]
     assert quality_sparse.main([*size, *told, "--only", *only]) == 0
@@ -119,7 +129,8 @@ def test_rows_of_a_small_run(small):
         assert float(found[case, "psnr_worst_db"]["value"]) <= float(found[case, "psnr_mean_db"]["value"])
         assert 0 < float(found[case, "ssim_mean"]["value"]) <= 1
     assert float(found["fewer steps: 1", "time"]["value"]) == 0.5
-    assert not any("remainder" in case for case, _ in found)
+    without, with_it = (float(found[f"pooled{name}: 0.2", "psnr_mean_db"]["value"]) for name in ("", ", remainder"))
+    assert without != with_it
 
 
 def test_sheet_of_a_small_run(small):
@@ -148,9 +159,26 @@ def test_random_control_is_interpolated_in_its_best_order_of_tokens():
     assert quality_sparse.random_at(points, 0.22) == pytest.approx(20.5)
     assert quality_sparse.random_at(points, 0.4) == pytest.approx(27.0)
     assert quality_sparse.random_at(points, 0.7) is None
-    (over,) = quality_sparse.over_random(points)
+    (over,) = quality_sparse.over_random(points, ())
     assert (over["case"], over["value"]) == ("pooled: 0.35", pytest.approx(2.0))
     assert "29.00" in quality_sparse.table(points).splitlines()[5]
+    assert not quality_sparse.over_random(points, {"pooled: 0.35"})  # whose control has the remainder too
+    points |= {case.replace(":", ", remainder:"): {**of, "psnr_mean_db": 28.0} for case, of in points.items()}
+    assert quality_sparse.random_at(points, 0.4, remainder=True) == pytest.approx(28.0)
+
+
+def test_runs_side_by_side_are_compared_in_the_end(tmp_path):
+    for folder, rows in enumerate(
+        (
+            figures("random, raster: 0.1", density=0.2, psnr_mean_db=20.0),
+            figures("random, raster: 0.5", density=0.6, psnr_mean_db=30.0)
+            + figures("pooled: 0.2", density=0.4, psnr_mean_db=29.0),
+        )
+    ):
+        results.append_figures("quality_sparse", rows, {**ENVIRONMENT, "commit": f"{folder // 2:040d}"}, tmp_path)
+    assert quality_sparse.main(["--tally", "--results", str(tmp_path), "--commit", "0" * 40]) == 0
+    last = results.read(tmp_path / "quality_sparse.csv")[-1]
+    assert (last["case"], last["metric"], float(last["value"])) == ("pooled: 0.2", "over_random_db", 4.0)
 
 
 def test_plot_takes_the_newest_figures_of_a_card(tmp_path):

@@ -78,11 +78,14 @@ class Runner:
         kind: what attends to what.
         decision: what the policy allows.
         backend: a backend's name, or "auto".
+
+    Sites may differ in what a compiled graph need not know (windows of their own): `placed` is for those.
     """
 
     def __init__(self, kind: Kind, decision: Decision, backend: str = "auto") -> None:
         self.kind = kind
         self.decision = decision
+        self.decisions = [decision]  # of the places, the first for whoever names none
         self.backend = backend
         self.plans: dict[tuple, Plan] = {}
         self.sparse = isinstance(decision, Sparse)
@@ -95,7 +98,13 @@ class Runner:
         self.serve()
 
     def __reduce__(self):  # a copy makes its own plans
-        return Runner, (self.kind, self.decision, self.backend)
+        return Runner, (self.kind, self.decision, self.backend), {"decisions": list(self.decisions)}
+
+    def placed(self, decision: Decision) -> Placed:
+        """For sites that decide this instead, in the same graphs: their place reaches the kernels as a number in a tensor."""
+        if decision not in self.decisions:
+            self.decisions.append(decision)
+        return Placed(self, self.decisions.index(decision))
 
     def begin(self, step: Step, order: Order) -> None:
         """A forward of the denoiser is about to run, whose video tokens lie in `order`. Only what is sparse goes by it."""
@@ -123,6 +132,7 @@ class Runner:
         scale: float | None = None,
         layout: Layout = "BNHD",
         causal: bool = False,
+        place: Tensor | None = None,
     ) -> Tensor:
         """Attention of one call.
 
@@ -133,12 +143,13 @@ class Runner:
             scale: factor on q k^T; 1 / sqrt(D) by default.
             layout: dimension order of q, k, v and the output.
             causal: query i sees keys 0..i only.
+            place: int64 [] on the CPU, which decision it goes by; the runner's where None.
 
         Returns:
             The output in q's shape, dtype and layout.
         """
         if torch.compiler.is_compiling():
-            return torch.ops.videoattn.attend(q, k, v, mask, kv_len, scale, layout, causal, self.key)
+            return torch.ops.videoattn.attend(q, k, v, mask, kv_len, scale, layout, causal, self.key, place)
         key = (
             q.shape,
             k.shape,
@@ -150,6 +161,7 @@ class Runner:
             causal,
             self._grid,
             self._order,
+            0 if place is None else int(place),
         )
         plan = self.plans.get(key)
         if plan is None:
@@ -161,7 +173,14 @@ class Runner:
             return _watched(plan, q, k, v, mask, kv_len, scale)
         return plan.run(q, k, v, mask, kv_len, scale)
 
-    def attend(self, prologue: Prologue, heads: int, *streams: Stream, kv_len: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        prologue: Prologue,
+        heads: int,
+        *streams: Stream,
+        kv_len: Tensor | None = None,
+        place: Tensor | None = None,
+    ) -> Tensor:
         """Attention of raw projections; what turns them into q, k and v is a pass of ours where one can do it.
 
         While torch.compile traces, the prologue stays in torch, where the compiler fuses it.
@@ -169,6 +188,7 @@ class Runner:
         Args:
             streams: consumed, as by the prologue itself.
             kv_len: int32 [B]: row b attends to its first kv_len[b] keys.
+            place: as of `__call__`.
 
         Returns:
             The output [B, Nq, H, D].
@@ -181,10 +201,11 @@ class Runner:
             or elsewhere
             or fusion.refuses(prologue, heads, streams) is not None
         ):
-            return self(*prologue(heads, *streams), None, kv_len)
+            return self(*prologue(heads, *streams), None, kv_len, place=place)
         shapes = ((stream.q.shape, stream.k.shape, *fusion.kind(stream)) for stream in streams)
         first = streams[0].q
-        key = (prologue, heads, *shapes, first.dtype, first.device, kv_len is None, self._grid, self._order)
+        number = 0 if place is None else int(place)
+        key = (prologue, heads, *shapes, first.dtype, first.device, kv_len is None, self._grid, self._order, number)
         plan = self.plans.get(key)
         if plan is None:
             plan = self._new_plan(key, self._plan_streams, prologue, heads, streams, kv_len)
@@ -195,11 +216,11 @@ class Runner:
 
     def _new_plan(self, key: tuple, make: Callable[..., Plan], *args) -> Plan:
         started = perf_counter()
-        plan = self.plans[key] = make(*args)
+        plan = self.plans[key] = make(self.decisions[key[-1]], *args)
         self.planning_seconds += perf_counter() - started
         return plan
 
-    def _plan(self, q, k, v, mask, kv_len, layout, causal) -> Plan:
+    def _plan(self, decision: Decision, q, k, v, mask, kv_len, layout, causal) -> Plan:
         for name, other in (("k", k), ("v", v), ("mask", mask), ("kv_len", kv_len)):
             if other is not None and other.device != q.device:
                 raise ValueError(f"{name} of {self.kind} attention: wanted it on q's {q.device}, got {other.device}")
@@ -229,13 +250,20 @@ class Runner:
             order=self._order,
         )
         if 0 in (call.batch, call.q_len, call.kv_len):  # a row without a key is 0; no kernel sees an empty product
-            choice = select(call, self.decision, self.backend)
+            choice = select(call, decision, self.backend)
             return Plan(call, choice, lambda q, k, v, mask, kv_len, scale: torch.zeros_like(q))
-        choice = self._choose(call)
+        choice = self._choose(call, decision)
         flag = guard.flag() if choice.backend.own else None
         return Plan(call, choice, choice.backend.plan(call, choice.decision, flag), flag)
 
-    def _plan_streams(self, prologue: Prologue, heads: int, streams: Sequence[Stream], kv_len: Tensor | None) -> Plan:
+    def _plan_streams(
+        self,
+        decision: Decision,
+        prologue: Prologue,
+        heads: int,
+        streams: Sequence[Stream],
+        kv_len: Tensor | None,
+    ) -> Plan:
         first = streams[0]
         head_dim = first.q.shape[2] // heads
         call = Call(
@@ -253,7 +281,7 @@ class Runner:
             tokens=self._tokens(sum(stream.q.shape[1] for stream in streams)),
             order=self._order,
         )
-        choice = self._choose(call)
+        choice = self._choose(call, decision)
         flag = guard.flag() if choice.backend.own else None
         planned = choice.backend, call, choice.decision, prologue
         reason = fusion.fault(*planned, streams)
@@ -270,10 +298,10 @@ class Runner:
             return None
         return Tokens(grid=self._grid, after=count - self._grid.tokens)
 
-    def _choose(self, call: Call) -> Choice:
+    def _choose(self, call: Call, decision: Decision) -> Choice:
         if self._not_finite:  # as `_replace` has it; tokens in another order make another plan of the same call
             return select(call, EXACT, failed=lambda backend: self._not_finite if backend.own else None)
-        choice = select_verified(call, self.decision, self.backend)
+        choice = select_verified(call, decision, self.backend)
         if isinstance(choice.decision, Sparse):
             return replace(choice, backend=choice.backend.keeping(self.kept))
         return choice
@@ -305,6 +333,31 @@ class Runner:
                 plan.run = fusion.unfused(choice.backend, plan.call, EXACT, plan.prologue, None)
                 plan.fused = False
         plan.choice = replace(choice, why=reason)
+
+
+class Placed:
+    """A runner as sites of one place call it."""
+
+    def __init__(self, runner: Runner, number: int) -> None:
+        self.runner = runner
+        self.number = number
+        self.sparse = runner.sparse
+        with torch.inference_mode(False):  # or graphs would tell it from others
+            self.place = torch.tensor(number)
+
+    @property
+    def decision(self) -> Decision:
+        return self.runner.decisions[self.number]
+
+    @property
+    def plans(self) -> dict[tuple, Plan]:
+        return {key: plan for key, plan in self.runner.plans.items() if key[-1] == self.number}
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        return self.runner(*args, **kwargs, place=self.place)
+
+    def attend(self, prologue: Prologue, heads: int, *streams: Stream, kv_len: Tensor | None = None) -> Tensor:
+        return self.runner.attend(prologue, heads, *streams, kv_len=kv_len, place=self.place)
 
 
 def _watched(plan: Plan, *args) -> Tensor:
@@ -339,18 +392,18 @@ def _entry(key: int) -> Callable[..., Tensor]:
 
 _library = torch.library.Library("videoattn", "DEF")
 _library.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_len, float? scale, str layout, bool causal, int runner)"
-    " -> Tensor"
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_len, float? scale, str layout, bool causal, int runner, "
+    "Tensor? place=None) -> Tensor"
 )
 
 
-def _attend(q, k, v, mask, kv_len, scale, layout, causal, runner):
-    out = _serving[runner](q, k, v, mask, kv_len, scale, layout, causal)
+def _attend(q, k, v, mask, kv_len, scale, layout, causal, runner, place=None):
+    out = _serving[runner](q, k, v, mask, kv_len, scale, layout, causal, place)
     # One stride order for every kernel, as the fake below promises to the compiler.
     return out.contiguous() if layout == "BNHD" else out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _attend_fake(q, k, v, mask, kv_len, scale, layout, causal, runner):
+def _attend_fake(q, k, v, mask, kv_len, scale, layout, causal, runner, place=None):
     if layout == "BNHD":
         return q.new_empty(q.shape)
     b, h, n, d = q.shape

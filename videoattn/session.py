@@ -23,7 +23,7 @@ from videoattn.pipelines.adapter import Adapter, set_processor
 from videoattn.pipelines.processor import FastProcessor
 from videoattn.pipelines.token_order import TokenOrder, refuses
 from videoattn.policy import EXACT, Decision, Dense, Policy, Sparse
-from videoattn.runner import Plan, Runner
+from videoattn.runner import Placed, Plan, Runner
 from videoattn.selection.arrangement import Order, Tokens, arrange
 from videoattn.selection.kept import Kept
 
@@ -70,6 +70,7 @@ class Session:
         self._pipe = _PipeReference(pipe)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._runners: dict[tuple, Runner] = {}
+        self._places: dict[tuple, Placed] = {}
         self._kv_lens: list[tuple[tuple, tuple, Tensor | None]] = []
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         validate_backend(backend)
@@ -309,12 +310,19 @@ class Session:
         if run is not ours.run:
             ours.bind(run)
 
-    def _runner(self, site: Site, decision: Decision) -> Runner:
-        """Sites of one kind that decide alike share a runner, and with it a compiled graph."""
-        key = (site.kind, decision)
+    def _runner(self, site: Site, decision: Decision) -> Runner | Placed:
+        """Sites of one kind that decide alike share a runner, and with it a compiled graph; so do those that differ in their
+        windows alone, each at a place of its own."""
+        common = self.policy.decision if isinstance(decision, Sparse) else decision
+        key = (site.kind, common)
         if key not in self._runners:
-            self._runners[key] = Runner(site.kind, decision, self.backend)
-        return self._runners[key]
+            self._runners[key] = Runner(site.kind, common, self.backend)
+        if self.policy.windows is None or not isinstance(decision, Sparse):
+            return self._runners[key]
+        place = (site.kind, decision)
+        if place not in self._places:
+            self._places[place] = self._runners[key].placed(decision)
+        return self._places[place]
 
     def _kv_len(self, model: nn.Module, inputs: dict, grid: object) -> Tensor | None:
         """The adapter's lengths, computed once for each set of mask tensors: they stay the same objects over the steps."""

@@ -151,7 +151,8 @@ def _check_lists(backend: Backend, call: Call, decision: Sparse) -> str | None:
             if decision.remainder:
                 selection = backend.selection(call, decision)
                 arranged = (selection.arranged(x) for x in qkv)
-                means_too, _ = block_sparse_reference.attend(*arranged, selection.select(kv_len), pooled=True)
+                options = {"kv_len": kv_len, "remainder": True}
+                means_too, _ = block_sparse_reference.attend(*arranged, selection.select(kv_len), **options)
                 exact = selection.restored(means_too)
             plain = PLAIN[Dense(decision.precision)](*qkv, mask=mask, kv_len=kv_len)
             wrong = excess(out, exact, plain, factor=FACTOR)
