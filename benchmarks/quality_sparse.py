@@ -18,6 +18,7 @@ Needs a checkout: the prompts are examples/train_tiny's.
 
     python -m videoattn.benchmarks.quality_sparse --sheet outputs/fast.png                         # minutes on an H100
     python -m videoattn.benchmarks.quality_sparse --only pooled random                              # curves by their names
+    python -m videoattn.benchmarks.quality_sparse --only window --tuned tuned.toml                  # windows of heads
     python -m videoattn.benchmarks.quality_sparse --device cpu --size small --steps 3 --prompts 1   # for a look at it
 """
 
@@ -68,6 +69,7 @@ DENSE = "dense"
 FAST = "fast"
 FAST_IN_16_BITS = "fast in 16 bits"
 FEWER_STEPS = "fewer steps"
+TUNED = "sliding tiles, a window a head"
 REMAINDER = ", remainder"
 NOISE_FLOOR = "noise floor"
 
@@ -252,12 +254,22 @@ def main(argv: list[str] | None = None) -> int:
         "--backend", choices=BACKENDS, help="that alone leaves blocks out; default: the first that does"
     )
     parser.add_argument(
+        "--tuned",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="policies of videoattn tune --windows, each a case by its name",
+    )
+    parser.add_argument(
         "--tally", action="store_true", help="no runs: over_random_db of what --results holds, of runs side by side"
     )
     parser.add_argument("--sheet", type=Path, help='a picture: dense above "fast", prompt by prompt')
     args = parser.parse_args(argv)
 
     every = runs(args.steps, args.dense_steps)
+    for file in args.tuned:
+        policy = replace(Policy.load(file), dense_steps=args.dense_steps)
+        every[f"{TUNED}: {file.stem}"] = Run(policy=policy, backends=BACKENDS, steps=args.steps)
     asked = {case: run for case, run in every.items() if args.only is None or any(part in case for part in args.only)}
     if not asked:
         parser.error(f"--only: wanted parts of {', '.join(every)}, got {args.only}")

@@ -86,8 +86,9 @@ def _add(
     q += tl.multiple_of(b * q_sb, ALIGN) + tl.multiple_of(h * q_sh, ALIGN)
     q0, q1 = load_head(q, tl.multiple_of(queries.to(tl.int64) * q_sn, ALIGN)[:, None], here[:, None], D, D0, D1)
     factor = tl.full([M], qk_scale, tl.float32)
-    if q_scale is not None:  # 16 bits hold 127 exactly; by way of fp32, for the interpreter takes bf16 from nothing else
+    if q_scale is not None:
         factor *= tl.load(q_scale + rows, here, 0.0)
+        # 16 bits hold 127 exactly. By way of fp32, because the interpreter makes bf16 of nothing else.
         dtype: tl.constexpr = k_means.dtype.element_ty
         q0, q1 = q0.to(tl.float32).to(dtype), q1.to(tl.float32).to(dtype)
     out += (b * q_len * heads + h) * D
