@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import interpreter_rounding  # noqa: F401
+import interpreter_speed  # noqa: F401
 import torch
 
 from videoattn.call import Mask
