@@ -98,16 +98,24 @@ def test_every_head_is_covered(head_dim):
 # ---------------------------------------------------------------- what the assembler makes of it
 
 
+@pytest.fixture(scope="module")
+def compiler():
+    """A process in which Triton is no interpreter."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ):
+            os.environ.pop("TRITON_INTERPRET", None)
+            pool.submit(os.getpid).result()  # starts it
+        yield pool
+
+
 @pytest.fixture(
     scope="module",
     params=[*((head_dim, "all") for head_dim in HEAD_DIMS), (64, "lists"), (128, "lists"), (128, "gaps")],
     ids=str,
 )
-def assembled(request, tmp_path_factory):
-    """What `assemble` gives, from a process in which Triton is no interpreter."""
-    with mock.patch.dict(os.environ), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        os.environ.pop("TRITON_INTERPRET", None)
-        return pool.submit(assemble, request.param, tmp_path_factory.mktemp("kernel")).result()
+def assembled(request, compiler, tmp_path_factory):
+    """What `assemble` gives."""
+    return compiler.submit(assemble, request.param, tmp_path_factory.mktemp("kernel")).result()
 
 
 def assemble(form, folder):
