@@ -1,6 +1,8 @@
 """The Hopper kernel on quantised operands: what it refuses, what the assembler makes of it, and on a GPU, the emulation."""
 
+import contextlib
 import functools
+import io
 import re
 import subprocess
 
@@ -87,16 +89,13 @@ def test_the_tile_that_the_profiler_counts_with(pv, head_dim, tile):
 # ---------------------------------------------------------------- what the assembler makes of it
 
 FORMS = [
-    (pv, head_dim, form)
-    for pv in PVS
-    for head_dim in HEAD_DIMS
-    for form in (
+    (pv, head_dim, form) for pv in PVS for head_dim in HEAD_DIMS for form in (
         (False, False, True, "all"),
-        (True, False, True, "all"),
         (True, True, True, "all"),
         (False, False, True, "lists"),
-    )
-]
+    ) if (pv, head_dim, form[3]) != ("16bit", 64, "lists")  # each is there with another
+]  # fmt: skip
+FORMS += [(pv, 128, (True, False, True, "all")) for pv in PVS]
 FORMS += [("fp8", 128, (True, True, True, "lists")), ("fp8", 128, (False, False, True, "gaps"))]  # the most registers
 
 
@@ -140,17 +139,17 @@ def assemble(given):
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in hopper.forward.arg_names}
     source = GluonASTSource(hopper.forward, signature, constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compile_options)
 
-    tools = triton.knobs.nvidia
+    tools, log = triton.knobs.nvidia, io.StringIO()
+    tools.dump_ptxas_log = True
+    with contextlib.redirect_stdout(log):
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compile_options)
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = (Path(folder) / name for name in ("kernel.ptx", "kernel.cubin"))
-        ptx.write_text(kernel.asm["ptx"])
-        command = [tools.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
         command = [tools.cuobjdump.path, "--dump-sass", cubin]
         code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return kernel.metadata.shared, said, code
+    return kernel.metadata.shared, log.getvalue(), code
 
 
 def loops_over_keys(code):
