@@ -230,9 +230,9 @@ def write_evaluation(folder: Path, size: Size) -> Path:
 
 
 def test_record_writes_the_rows_that_the_targets_look_for(tmp_path):
-    rows = record.model_rows(MODEL) + record.checker_rows(2)
+    rows = record.model_rows(MODEL) + record.checker_rows(MODEL, 2)
     for name, size in (("demo", DEMO), ("largest", LARGEST)):
-        rows += record.evaluation_rows(name, write_evaluation(tmp_path, size))
+        rows += record.evaluation_rows(MODEL, name, write_evaluation(tmp_path, size))
     wanted = [t for t in targets.read(ROOT / "benchmarks" / "targets.toml") if t.id.startswith(("tiny_wan", "checker"))]
     missing = {target.id for target in wanted if not any(target.matches(row) for row in rows)}
     assert missing == {"tiny_wan.vae_psnr"}  # its rows take minutes
@@ -240,7 +240,7 @@ def test_record_writes_the_rows_that_the_targets_look_for(tmp_path):
 
 def test_record_refuses_an_evaluation_at_another_size(tmp_path):
     with pytest.raises(ValueError, match="wanted an evaluation at 33x352x352, got one at 25x192x192"):
-        record.evaluation_rows("largest", write_evaluation(tmp_path, DEMO))
+        record.evaluation_rows(MODEL, "largest", write_evaluation(tmp_path, DEMO))
 
 
 # --- the weights that ship ---

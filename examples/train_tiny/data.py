@@ -9,7 +9,7 @@ from scenes import Scene, layout, random_layout, sample_scene
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Frames (1 + 4k), height and width in pixels (multiples of 16)."""
+    """Frames, height and width in pixels: for tiny-wan 1 + 4k and multiples of 16, for tiny-animatediff multiples of 32."""
 
     frames: int
     height: int
@@ -20,7 +20,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """How many the denoiser sees: latents of 8 x 8 pixels and 4 frames, patches of 2 x 2 latents."""
+        """How many tiny-wan's denoiser sees: latents of 8 x 8 pixels and 4 frames, patches of 2 x 2 latents."""
         return (1 + self.frames // 4) * (self.height // 16) * (self.width // 16)
 
 

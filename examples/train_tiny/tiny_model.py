@@ -47,8 +47,11 @@ def new_transformer() -> WanTransformer3DModel:
     )
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; case and punctuation do not matter, unknown words share one token."""
+def new_tokenizer(longest: int = 512) -> PreTrainedTokenizerFast:
+    """One token a word; case and punctuation do not matter, unknown words share one token.
+
+    Pipelines that pad every prompt to what the tokenizer calls the longest pad it to `longest` tokens.
+    """
     words = ["a", "an", "and", "moves", "over", "background"]
     words += [*SHAPES, *DIRECTIONS, *filter(None, SPEEDS), *dict.fromkeys([*COLOURS, *BACKGROUNDS])]
     vocabulary = {word: index for index, word in enumerate([PAD, END, UNKNOWN, *words])}
@@ -61,7 +64,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
         single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=longest
     )
 
 

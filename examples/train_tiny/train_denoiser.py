@@ -7,22 +7,19 @@ Needs the folder that train_vae.py left, and writes the whole pipeline into its 
 Shape letters: B clips, L prompt tokens, D text width.
 """
 
-import argparse
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import whole_clip
-from data import DEMO, LARGEST, Size, layouts
+from data import DEMO, LARGEST, Size
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from render import render
-from scenes import sample_scene
-from tiny_model import new_text_encoder, new_tokenizer, new_transformer, save
-from training import Budget, GraphedStep, Log, Trainer, half_precision
+from latent_pool import LatentPool
+from tiny_model import LATENT_CHANNELS, new_text_encoder, new_tokenizer, new_transformer, save
+from training import Budget, Course, Log, Trainer, denoiser_options, graphed_steps, half_precision, prepare, train
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 PEAK_RATE = 1e-3
@@ -30,24 +27,6 @@ EMPTY_PROMPTS = 0.1  # for classifier-free guidance
 PROMPT_TOKENS = 23  # the longest caption has 18
 CONTEXT_TOKENS = 512  # WanPipeline pads the embeddings with zeros to this length and masks nothing
 MASKED = -1e4  # added to the score of a padded token; its softmax weight is exactly 0
-FIRST_CLIPS = 16  # batches in a pool before the first step
-REUSE = 40  # how many steps a latent is drawn for, on average
-ENCODED_AT_ONCE = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """A size of the training mix, drawn with weight `share` once the part `start` of the time is over.
-
-    Larger sizes need more noise before a thing is lost in it, so a larger `shift` of the noise levels.
-    """
-
-    size: Size
-    batch: int
-    share: float
-    shift: float
-    start: float
-
 
 COURSES = (
     Course(size=Size(frames=17, height=128, width=128), batch=128, share=0.35, shift=4.0, start=0.0),
@@ -94,39 +73,20 @@ def shorten_context(transformer: WanTransformer3DModel) -> None:
         block.attn2.set_processor(PaddedContext(transformer.device))
 
 
-class LatentPool:
-    """Normalised latents of freshly drawn clips of one size with their captions; the oldest make room for new ones."""
+def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """video [B, 3, 1 + 4k, H, W] -> normalised latents [B, C, 1 + k, H / 8, W / 8]."""
+    with half_precision(video.device):
+        latents, _ = whole_clip.encode(vae, video)
+    mean, deviation = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents.float() - mean) / deviation
 
-    def __init__(self, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, size: Size, capacity: int):
-        self.vae, self.tokenizer, self.size, self.capacity = vae, tokenizer, size, capacity
-        self.statistics = [
-            torch.tensor(values, device=vae.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        ]
-        self.latents = self.ids = None
-        self.made = 0
 
-    @torch.no_grad()
-    def refill(self, count: int, rng: np.random.Generator) -> None:
-        for _ in range(0, count, ENCODED_AT_ONCE):
-            scenes = [sample_scene(rng) for _ in range(ENCODED_AT_ONCE)]
-            things, background = layouts(scenes, rng, self.size, self.vae.device)
-            video, _ = render(things, background, self.size.frames, self.size.height, self.size.width)
-            with half_precision(video.device):
-                latents, _ = whole_clip.encode(self.vae, video)
-            mean, deviation = self.statistics
-            latents = ((latents.float() - mean) / deviation).to(torch.bfloat16)
-            ids = tokenize(self.tokenizer, [scene.caption() for scene in scenes]).to(latents.device)
-            if self.latents is None:
-                self.latents = latents.new_zeros(self.capacity, *latents.shape[1:])
-                self.ids = ids.new_zeros(self.capacity, ids.shape[1])
-            slots = torch.arange(self.made, self.made + len(scenes), device=ids.device) % self.capacity
-            self.latents[slots], self.ids[slots] = latents, ids
-            self.made += len(scenes)
-
-    def draw(self, count: int) -> dict[str, torch.Tensor]:
-        chosen = torch.randint(min(self.made, self.capacity), (count,), device=self.ids.device)
-        return {"latents": self.latents[chosen], "ids": self.ids[chosen]}
+def latent_shape(course: Course) -> tuple[int, ...]:
+    size = course.size
+    return course.batch, LATENT_CHANNELS, 1 + size.frames // 4, size.height // 8, size.width // 8
 
 
 def denoiser_step(
@@ -157,25 +117,8 @@ def denoiser_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder with the trained VAE; all results go there")
-    parser.add_argument("--seconds", type=float, default=330, help="training time")
-    parser.add_argument("--peak-rate", type=float, default=PEAK_RATE)
-    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
-    parser.add_argument(
-        "--start-from", type=Path, help="pipeline folder whose denoiser and text encoder are trained on"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
-    parser.add_argument("--warm-up", action="store_true", help="only fill the cache of torch.compile, one step a size")
-    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see the script run on a CPU")
-    args = parser.parse_args()
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(args.seed)
+    args = denoiser_options(__doc__, seconds=330, peak_rate=PEAK_RATE).parse_args()
+    device = prepare(args.seed)
     courses = SMOKE if args.smoke else COURSES
 
     vae = AutoencoderKLWan.from_pretrained(args.run / "vae").to(device).requires_grad_(False)
@@ -195,58 +138,33 @@ def main() -> None:
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     rng = np.random.default_rng((args.seed, trainer.steps))
     torch.manual_seed(args.seed + trainer.steps)
-    graphed = device.type == "cuda" and not args.eager
-    memory = torch.cuda.graph_pool_handle() if graphed else None
     empty_prompt = tokenize(tokenizer, [""]).to(device)
-    budget = Budget(args.seconds, used)
-    log = Log(args.run / "denoiser.csv", ("step", "seconds", "size", "loss", "norm", "rate", "clips"))
-
-    pools = {course: LatentPool(vae, tokenizer, course.size, 512 * course.batch) for course in courses}
-    steps = {
-        course: GraphedStep(
-            denoiser_step(transformer, text_encoder, trainer, empty_prompt, course.shift), graphed=graphed, pool=memory
-        )
+    pools = {
+        course: LatentPool(partial(encode, vae), partial(tokenize, tokenizer), course.size, course.batch, device)
         for course in courses
     }
+    steps = graphed_steps(
+        lambda course: denoiser_step(transformer, text_encoder, trainer, empty_prompt, course.shift),
+        courses,
+        graphed=device.type == "cuda" and not args.eager,
+    )
     if args.warm_up:
         for course in courses:
-            pools[course].refill(ENCODED_AT_ONCE, rng)
-            steps[course](**pools[course].draw(course.batch))
+            latents = torch.randn(latent_shape(course), device=device)
+            steps[course](latents=latents, ids=empty_prompt.expand(course.batch, -1))
         return
-    calls = dict.fromkeys(courses, 0)
-    losses = {course: [] for course in courses}
-    next_save = budget.used + 60
-    while budget.part < 1:
-        ready = [course for course in courses if course.start <= budget.part]
-        shares = np.array([course.share for course in ready])
-        course = ready[rng.choice(len(ready), p=shares / shares.sum())]
-        if calls[course] % REUSE == 0:
-            pools[course].refill(course.batch * (1 if calls[course] else FIRST_CLIPS), rng)
-        rate = budget.rate(args.peak_rate)
-        trainer.set_rate(rate)
-        figures = steps[course](**pools[course].draw(course.batch))
-        trainer.after_step()
-        calls[course] += 1
-        losses[course].append(figures["loss"].clone())
-        if trainer.steps % 5 == 0 and device.type == "cuda":
-            torch.cuda.synchronize()  # or the queue runs ahead of the clock
-        if len(losses[course]) == 50:
-            loss = torch.stack(losses[course]).mean().item()
-            losses[course].clear()
-            log.write(
-                step=trainer.steps,
-                seconds=budget.used,
-                size=course.size,
-                loss=loss,
-                norm=figures["norm"].item(),
-                rate=rate,
-                clips=pools[course].made,
-            )
-        if budget.used > next_save:
-            trainer.save(checkpoint, budget)
-            next_save = budget.used + 60
-    trainer.save(checkpoint, budget)
 
+    log = Log(args.run / "denoiser.csv", ("step", "seconds", "size", "loss", "norm", "rate"))
+    train(
+        lambda course: steps[course](**pools[course].draw(rng)),
+        courses,
+        trainer,
+        Budget(args.seconds, used),
+        peak_rate=args.peak_rate,
+        rng=rng,
+        log=log,
+        checkpoint=checkpoint,
+    )
     trainer.load_average()
     steps.clear()
     save(args.run / "pipeline", vae, transformer, text_encoder)

@@ -3,10 +3,7 @@
 python examples/train_tiny/train_vae.py --run runs/tiny --seconds 330
 """
 
-import argparse
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,22 +14,11 @@ from evaluate import vae_psnr
 from render import render
 from scenes import held_out_scenes, sample_scene
 from tiny_model import new_vae
-from training import Budget, GraphedStep, Log, Trainer, half_precision
+from training import Budget, Course, Log, Trainer, graphed_steps, half_precision, options, prepare, train
 
 PEAK_RATE = 8e-4
 SQUARED_WEIGHT = 5.0  # of the squared error beside the absolute one
 KL_WEIGHT = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """A size of the training mix, drawn with weight `share` once the part `start` of the time is over."""
-
-    size: Size
-    batch: int
-    share: float
-    start: float
-
 
 COURSES = (
     Course(size=Size(frames=1, height=128, width=128), batch=96, share=0.04, start=0.0),
@@ -83,19 +69,8 @@ def set_latent_statistics(vae: AutoencoderKLWan, rng: np.random.Generator, sizes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoint, the log and the result")
-    parser.add_argument("--seconds", type=float, default=330, help="training time, measuring not included")
-    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see the script run on a CPU")
-    args = parser.parse_args()
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(args.seed)
+    args = options(__doc__, seconds=330, peak_rate=PEAK_RATE).parse_args()
+    device = prepare(args.seed)
     courses = SMOKE if args.smoke else COURSES
 
     vae = new_vae().to(device)
@@ -104,29 +79,14 @@ def main() -> None:
     budget = Budget(args.seconds, trainer.load(checkpoint) if args.resume else 0.0)
     rng = np.random.default_rng((args.seed, trainer.steps))
     graphed = device.type == "cuda" and not args.eager
-    pool = torch.cuda.graph_pool_handle() if graphed else None
-    steps = {course: GraphedStep(vae_step(vae, trainer, course.size), graphed=graphed, pool=pool) for course in courses}
-    log = Log(args.run / "vae.csv", ("step", "seconds", "size", "loss", "mse", "kl", "norm", "rate"))
+    steps = graphed_steps(lambda course: vae_step(vae, trainer, course.size), courses, graphed)
 
-    next_save = budget.used + 60
-    while budget.part < 1:
-        ready = [course for course in courses if course.start <= budget.part]
-        shares = np.array([course.share for course in ready])
-        course = ready[rng.choice(len(ready), p=shares / shares.sum())]
-        rate = budget.rate(PEAK_RATE)
-        trainer.set_rate(rate)
+    def step(course: Course) -> dict[str, torch.Tensor]:
         things, background = mixed_layouts(course.batch, rng, course.size, device)
-        figures = steps[course](things=things, background=background)
-        trainer.after_step()
-        if trainer.steps % 5 == 0 and device.type == "cuda":
-            torch.cuda.synchronize()  # or the queue runs ahead of the clock
-        if trainer.steps % 50 == 0:
-            numbers = {name: value.item() for name, value in figures.items()}
-            log.write(step=trainer.steps, seconds=budget.used, size=course.size, rate=rate, **numbers)
-        if budget.used > next_save:
-            trainer.save(checkpoint, budget)
-            next_save = budget.used + 60
-    trainer.save(checkpoint, budget)
+        return steps[course](things=things, background=background)
+
+    log = Log(args.run / "vae.csv", ("step", "seconds", "size", "loss", "mse", "kl", "norm", "rate"))
+    train(step, courses, trainer, budget, peak_rate=args.peak_rate, rng=rng, log=log, checkpoint=checkpoint)
 
     trainer.load_average()
     steps.clear()

@@ -1,20 +1,89 @@
-"""What both trainings share: a step that is captured once and replayed, a time budget, EMA, checkpoints and a log."""
+"""What all trainings share: options, a step that is captured once and replayed, the loop, a time budget, EMA, a log."""
 
+import argparse
 import csv
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from data import Size
 
 Step = Callable[..., dict[str, torch.Tensor]]
+WARM_UP_STEPS = 200  # compiling and capturing may use up the budget's own warm-up before the first of them
+LOGGED = 50  # steps of a course whose means make a row of the log
+SAVED = 60  # seconds from one checkpoint to the next
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A size of the training mix, drawn with weight `share` once the part `start` of the time is over.
+
+    Larger sizes need more noise before a thing is lost in it, so a larger `shift` of the noise levels.
+    """
+
+    size: Size
+    batch: int
+    share: float
+    start: float
+    shift: float = 1.0
+
+
+def options(description: str, *, seconds: float, peak_rate: float) -> argparse.ArgumentParser:
+    """The options that every training has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoint, the log and the result")
+    parser.add_argument("--seconds", type=float, default=seconds, help="training time")
+    parser.add_argument("--peak-rate", type=float, default=peak_rate, help="the highest learning rate")
+    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see the script run on a CPU")
+    return parser
+
+
+def denoiser_options(description: str, *, seconds: float, peak_rate: float) -> argparse.ArgumentParser:
+    """`options`, and those of a denoiser that needs the folder which the training of its VAE left."""
+    parser = options(description, seconds=seconds, peak_rate=peak_rate)
+    parser.add_argument(
+        "--start-from", type=Path, help="pipeline folder whose denoiser and text encoder are trained on"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
+    parser.add_argument("--warm-up", action="store_true", help="only fill the cache of torch.compile, one step a size")
+    return parser
+
+
+def prepare(seed: int) -> torch.device:
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(seed)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def half_precision(device: torch.device) -> torch.autocast:
     """bf16 where it is fast. Casts of weights are not cached: a captured step would keep the first one for ever."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
+def half_call(module: torch.nn.Module, *args: torch.Tensor, **kwargs: object):
+    """`module(*args, **kwargs)` in bf16 where it is fast; gradients reach the fp32 weights through the cast.
+
+    Autocast would have norms and softmax read and write fp32, which is most of the time of a narrow convolutional network.
+    """
+    if next(module.parameters()).device.type != "cuda":
+        return module(*args, **kwargs)
+    named = (*module.named_parameters(), *module.named_buffers())
+    return torch.func.functional_call(
+        module, {name: _half(tensor) for name, tensor in named}, tuple(map(_half, args)), kwargs
+    )
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
 class GraphedStep:
@@ -177,3 +246,49 @@ class Log:
     def _append(self, row: list[str]) -> None:
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
+
+
+def graphed_steps(
+    make: Callable[[Course], Step], courses: Sequence[Course], graphed: bool
+) -> dict[Course, GraphedStep]:
+    """The step of each course, their graphs in one pool of memory."""
+    memory = torch.cuda.graph_pool_handle() if graphed else None
+    return {course: GraphedStep(make(course), graphed=graphed, pool=memory) for course in courses}
+
+
+def train(
+    step: Callable[[Course], dict[str, torch.Tensor]],
+    courses: Sequence[Course],
+    trainer: Trainer,
+    budget: Budget,
+    *,
+    peak_rate: float,
+    rng: np.random.Generator,
+    log: Log,
+    checkpoint: Path,
+) -> None:
+    """Steps on courses drawn at random until the time is over, with a log and checkpoints.
+
+    `step` does one step of a course, update of the weights included, and returns named scalars.
+    """
+    recent = {course: [] for course in courses}
+    next_save = budget.used + SAVED
+    while budget.part < 1:
+        ready = [course for course in courses if course.start <= budget.part]
+        shares = np.array([course.share for course in ready])
+        course = ready[rng.choice(len(ready), p=shares / shares.sum())]
+        rate = budget.rate(peak_rate) * min(1.0, (trainer.steps + 1) / WARM_UP_STEPS)
+        trainer.set_rate(rate)
+        figures = step(course)
+        trainer.after_step()
+        recent[course].append(torch.stack(list(figures.values())))
+        if trainer.steps % 5 == 0 and trainer.device.type == "cuda":
+            torch.cuda.synchronize()  # or the queue runs ahead of the clock
+        if len(recent[course]) == LOGGED:
+            means = dict(zip(figures, torch.stack(recent[course]).mean(0).tolist(), strict=True))
+            recent[course].clear()
+            log.write(step=trainer.steps, seconds=budget.used, size=course.size, rate=rate, **means)
+        if budget.used > next_save:
+            trainer.save(checkpoint, budget)
+            next_save = budget.used + SAVED
+    trainer.save(checkpoint, budget)
