@@ -17,6 +17,7 @@ nk blocks of queries and of keys; M queries and G means a tile, R tokens at a ti
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,15 @@ from videoattn.kernels import operands
 from videoattn.kernels.flash import LN2, accumulate, scores
 from videoattn.kernels.operands import Quantised
 from videoattn.kernels.tiles import alignment, load_head, not_finite, parts, store_part
-from videoattn.kernels.triton_backend import Launch, aligned, on_device_of, precision, scale_log2, unit_stride
+from videoattn.kernels.triton_backend import (
+    Launch,
+    aligned,
+    capability_of,
+    on_device_of,
+    precision,
+    scale_log2,
+    unit_stride,
+)
 from videoattn.selection.block_list import BlockList
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,38 +46,46 @@ LIST_STRIDES = tuple(f"keep_s{axis}" for axis in "bhqk")
 
 
 @functools.cache
-def config(head_dim: int, itemsize: int) -> dict[str, int]:
+def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
     """Tile sizes and warps: the largest that compile for every card and spill no more than a few bytes. M divides every block of queries."""
     if itemsize == 4:
         m, group, warps = 32 if head_dim <= 64 else 16, 16, 4
     else:
         m, group, warps = 64, 32 if head_dim <= 128 else 16, 4 if head_dim <= 160 else 8
+        if capability == 90 and head_dim <= 128:
+            group = 64
     return {"M": m, "G": group, "num_warps": warps, "num_stages": 2}
 
 
 @triton.jit
-def _tokens(live, kv_lens, b, j, nk, kv_len, BLOCK: tl.constexpr):
-    """How many tokens of blocks j of row b count; none of a block that is not there."""
+def _tokens(live, kv_lens, b, j, kv_len, BLOCK: tl.constexpr):
+    """How many tokens of block j of row b count."""
     end = kv_len
     if kv_lens is not None:
         end = tl.minimum(end, tl.load(kv_lens + b))
-    taken = tl.load(live + j, j < nk, 0)
-    return tl.maximum(tl.minimum(taken, end - j * BLOCK), 0)
+    return tl.maximum(tl.minimum(tl.load(live + j), end - j * BLOCK), 0)
+
+
+@triton.jit
+def _store_count(counts, at, tokens):
+    """The logarithm of a block's tokens, which goes into its weight's exponent; -inf of none."""
+    count = tl.where(tokens > 0, tl.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
+    tl.store(counts + at, count)
 
 
 # Sizes and strides are run-time numbers: no value of theirs makes another kernel. ALIGN says what vector loads need.
-@triton.jit(do_not_specialize=["q_len", "kv_len", "heads", "kv_group", "q_sb", "q_sn", "q_sh", *LIST_STRIDES])
+@triton.jit(do_not_specialize=["q_len", "blocks", "heads", "kv_group", "q_sb", "q_sn", "q_sh", *LIST_STRIDES])
 def _add(
-    q, k_means, v_means, keep, live, out, lse,  # means [B, nk, Hkv, D]; out [B, Pq, H, D] and lse [B, H, Pq]: both ways
+    q, k_means, v_means, counts, keep,  # means [B, nk, Hkv, D]; counts [B, nk], their logarithms to base 2
+    out, lse,  # [B, Pq, H, D] and [B, H, Pq]: both ways
     q_scale, lse_shift,  # of quantised q, or None
-    kv_lens, flag,  # or None
+    flag,  # or None
     qk_scale,  # scale * log2(e)
-    q_len, kv_len, heads, kv_group,  # kv_group: query heads a key head
+    q_len, blocks, heads, kv_group,  # kv_group: query heads a key head
     q_sb, q_sn, q_sh,
     keep_sb, keep_sh, keep_sq, keep_sk,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    M: tl.constexpr, G: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, G: tl.constexpr, BLOCK_Q: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, M)
     pid = tl.program_id(0)
@@ -102,8 +119,8 @@ def _add(
         m -= shift
     l = tl.where(m == float("-inf"), 0.0, 1.0)
 
-    blocks = tl.cdiv(kv_len, BLOCK_K)
     keep += b * keep_sb + h * keep_sh + i * keep_sq
+    counts += b * blocks
     means_sn = kv_heads * D
     k_means += (b * blocks * kv_heads + h_kv) * D
     v_means += (b * blocks * kv_heads + h_kv) * D
@@ -112,11 +129,9 @@ def _add(
         j = start + tl.arange(0, G)
         there = j < blocks
         kept = tl.load(keep + j.to(tl.int64) * keep_sk, there, 1)
-        tokens = tl.where(kept == 0, _tokens(live, kv_lens, b, j, blocks, kv_len, BLOCK_K), 0)
+        count = tl.where(kept == 0, tl.load(counts + j, there, float("-inf")), float("-inf"))
         k0, k1 = load_head(k_means + means_sn.to(tl.int64) * start, means, there[:, None], D, D0, D1)
-        s = scores(q0, q1, k0, k1, D1, PRECISION) * factor[:, None]
-        s += tl.log2(tl.maximum(tokens, 1).to(tl.float32))[None, :]
-        s = tl.where((tokens > 0)[None, :], s, float("-inf"))
+        s = scores(q0, q1, k0, k1, D1, PRECISION) * factor[:, None] + count[None, :]
         acc0, acc1, m, l = accumulate(
             acc0, acc1, m, l, s, 1.0, v_means, start, means, means_sn, there[:, None], D, D0, D1, True, PRECISION
         )
@@ -136,7 +151,7 @@ def _add(
 
 @triton.jit(do_not_specialize=["kv_len", "heads", "x_sb", "x_sn", "x_sh"])
 def _means(
-    x, live, kv_lens, means,  # means [B, nk, Hkv, D]
+    x, live, kv_lens, means, counts,  # means [B, nk, Hkv, D]; counts [B, nk] fp32, or None
     kv_len, heads,
     x_sb, x_sn, x_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr,
@@ -144,7 +159,9 @@ def _means(
     pid = tl.program_id(0).to(tl.int64)  # heads innermost, as they lie in a projection
     blocks = tl.cdiv(kv_len, BLOCK_K)
     h, j, b = pid % heads, pid // heads % blocks, pid // heads // blocks
-    tokens = _tokens(live, kv_lens, b, j.to(tl.int32), blocks, kv_len, BLOCK_K)
+    tokens = _tokens(live, kv_lens, b, j.to(tl.int32), kv_len, BLOCK_K)
+    if counts is not None and h == 0:
+        _store_count(counts, b * blocks + j, tokens)
     x += tl.multiple_of(b * x_sb, ALIGN) + tl.multiple_of(j * BLOCK_K * x_sn, ALIGN) + tl.multiple_of(h * x_sh, ALIGN)
     total0 = tl.zeros([R, D0], tl.float32)
     total1 = tl.zeros([R, D1], tl.float32) if D1 else total0
@@ -163,7 +180,7 @@ def _means(
 
 @triton.jit(do_not_specialize=["kv_len", "heads"])
 def _quantised_means(
-    k, k_scale, v, v_scale, live, kv_lens, k_means, v_means,  # v: None where it is as it came
+    k, k_scale, v, v_scale, live, kv_lens, k_means, v_means, counts,  # v: None where it is as it came
     kv_len, heads,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +190,9 @@ def _quantised_means(
     blocks = tl.cdiv(kv_len, KEYS)
     h, j, b = pid % heads, pid // heads % blocks, pid // heads // blocks
     head = b * heads + h
-    tokens = _tokens(live, kv_lens, b, j.to(tl.int32), blocks, kv_len, KEYS)
+    tokens = _tokens(live, kv_lens, b, j.to(tl.int32), kv_len, KEYS)
+    if h == 0:
+        _store_count(counts, b * blocks + j, tokens)
     share = 1.0 / tl.maximum(tokens, 1).to(tl.float32)
     d = tl.arange(0, DP)
     total = tl.zeros([DP], tl.float32)
@@ -217,96 +236,100 @@ def _quantised_means_plan(shape: torch.Size, head_dim: int, device: torch.device
 @functools.lru_cache(maxsize=1024)
 def _plan(
     shape: torch.Size,  # B, Pq, H, D
-    kv_len: int,
-    kv_heads: int,
+    means: torch.Size,  # B, nk, Hkv, D
     strides: tuple[int, ...],
     list_strides: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
     block_q: int,
-    block_k: int,
 ) -> Launch:
     """A launch, looked up instead of worked out at every call. A plan is of one device: what is compiled is loaded there."""
     b, nq, h, d = shape
-    settings = config(d, dtype.itemsize)
+    settings = config(d, dtype.itemsize, capability_of(device))
     d0, d1 = parts(d)
     constants = {
         "D": d,
         "D0": d0,
         "D1": d1,
         "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
         "ALIGN": alignment(*strides) if aligned else 1,
         "PRECISION": precision(dtype),
         **settings,
     }
-    numbers = (nq, kv_len, h, h // kv_heads, *strides, *list_strides)
+    numbers = (nq, means[1], h, h // means[2], *strides, *list_strides)
     return Launch(-(-nq // settings["M"]) * b * h, numbers, constants)
 
 
-def means(x: Tensor, live: Tensor, block_k: int, kv_len: Tensor | None = None) -> Tensor:
-    """The means [B, nk, Hkv, D] of x [B, Pk, Hkv, D] over the tokens of each block, summed in fp32; 0 for an empty block.
+class Means(NamedTuple):
+    """Of the key blocks of a call.
+
+    Args:
+        k, v: [B, nk, Hkv, D]; 0 for a block without tokens.
+        counts: fp32 [B, nk], the logarithm of a block's tokens to base 2; -inf of none.
+    """
+
+    k: Tensor
+    v: Tensor
+    counts: Tensor
+
+
+def _means_of(x: Tensor, live: Tensor, block_k: int, kv_len: Tensor | None, counts: Tensor | None) -> Tensor:
+    x = unit_stride(x)
+    b, p, h, d = x.shape
+    out = torch.empty((b, -(-p // block_k), h, d), dtype=x.dtype, device=x.device)
+    launch = _means_plan(x.shape, x.stride()[:3], x.device, aligned(x), block_k)
+    with on_device_of(x):
+        launch(_means, (x, live, kv_len, out, counts))
+    return out
+
+
+def means(k: Tensor, v: Tensor, live: Tensor, block_k: int, kv_len: Tensor | None = None) -> Means:
+    """Of k and v [B, Pk, Hkv, D], in their dtype, summed in fp32.
 
     Args:
         live: int32 [nk], how many places of a block are taken, the first ones; what the others hold is not read. The last
             block may be there in part.
         kv_len: int32 [B]: the tokens of row b at or beyond kv_len[b] count for nothing.
     """
-    x = unit_stride(x)
-    b, p, h, d = x.shape
-    out = torch.empty((b, -(-p // block_k), h, d), dtype=x.dtype, device=x.device)
-    launch = _means_plan(x.shape, x.stride()[:3], x.device, aligned(x), block_k)
-    with on_device_of(x):
-        launch(_means, (x, live.contiguous(), kv_len, out))
-    return out
+    counts = torch.empty((k.shape[0], -(-k.shape[1] // block_k)), dtype=torch.float32, device=k.device)
+    live = live.contiguous()
+    return Means(_means_of(k, live, block_k, kv_len, counts), _means_of(v, live, block_k, kv_len, None), counts)
 
 
 def quantised_means(
     x: Quantised, head_dim: int, dtype: torch.dtype, live: Tensor, kv_len: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As `means`, of the keys, less their mean over all tokens, and values of operands, in `dtype`; blocks of KEYS."""
+) -> Means:
+    """As `means`, in `dtype`, of operands: of the keys less their mean over all tokens. Blocks of KEYS."""
     b, h_kv, p, _ = x.k.shape
     k_means = torch.empty((b, -(-p // operands.KEYS), h_kv, head_dim), dtype=dtype, device=x.k.device)
+    counts = torch.empty(k_means.shape[:2], dtype=torch.float32, device=x.k.device)
+    live = live.contiguous()
     if x.v_scale is None:
-        v, v_means = None, means(x.v, live, operands.KEYS, kv_len)
+        v, v_means = None, _means_of(x.v, live, operands.KEYS, kv_len, None)
     else:
         v, v_means = x.v, torch.empty_like(k_means)
-    tensors = (x.k, x.k_scale, v, x.v_scale, live.contiguous(), kv_len, k_means, v_means)
+    tensors = (x.k, x.k_scale, v, x.v_scale, live, kv_len, k_means, v_means, counts)
     with on_device_of(x.k):
         _quantised_means_plan(x.k.shape, head_dim, x.k.device)(_quantised_means, tensors)
-    return k_means, v_means
+    return Means(k_means, v_means, counts)
 
 
 def _launch(
     q: Tensor,
     strides: tuple[int, ...],
-    k_means: Tensor,
-    v_means: Tensor,
-    kv_places: int,
+    of: Means,
     out: Tensor,
     lse: Tensor,
     lists: BlockList,
     of_quantised: tuple[Tensor | None, Tensor | None],
-    kv_len: Tensor | None,
     flag: Tensor | None,
     qk_scale: float,
 ) -> None:
-    launch = _plan(
-        out.shape,
-        kv_places,
-        k_means.shape[2],
-        strides,
-        lists.keep.stride(),
-        k_means.dtype,
-        q.device,
-        aligned(q),
-        lists.block_q,
-        lists.block_k,
-    )
-    tensors = (q, k_means, v_means, lists.keep.view(torch.int8), lists.live.contiguous(), out, lse)
+    sizes = out.shape, of.k.shape, strides, lists.keep.stride()
+    launch = _plan(*sizes, of.k.dtype, q.device, aligned(q), lists.block_q)
     with on_device_of(q):
-        launch(_add, (*tensors, *of_quantised, kv_len, flag), qk_scale)
+        launch(_add, (q, *of, lists.keep.view(torch.int8), out, lse, *of_quantised, flag), qk_scale)
 
 
 def add(
@@ -328,10 +351,8 @@ def add(
         q: [B, Pq, H, D]; k, v: [B, Pk, Hkv, D]: its arguments, and `lists`, `scale`, `kv_len` (int32 [B]) too.
         flag: int32, set to 1 where the output is not finite.
     """
-    q = unit_stride(q)
-    k_means, v_means = (means(x, lists.live, lists.block_k, kv_len) for x in (k, v))
-    strides, qk_scale = q.stride()[:3], scale_log2(scale, q.shape[3])
-    _launch(q, strides, k_means, v_means, k.shape[1], out, lse, lists, (None, None), kv_len, flag, qk_scale)
+    q, of = unit_stride(q), means(k, v, lists.live, lists.block_k, kv_len)
+    _launch(q, q.stride()[:3], of, out, lse, lists, (None, None), flag, scale_log2(scale, q.shape[3]))
 
 
 def add_quantised(
@@ -344,8 +365,6 @@ def add_quantised(
     flag: Tensor | None = None,
 ) -> None:
     """As `add`, from operands that were made with `return_lse`."""
-    (_, h, nq, w), head_dim = x.q.shape, out.shape[3]
-    k_means, v_means = quantised_means(x, head_dim, out.dtype, lists.live, kv_len)
-    strides = h * nq * w, w, nq * w
-    of_quantised = x.q_scale, x.lse_shift
-    _launch(x.q, strides, k_means, v_means, x.k.shape[2], out, lse, lists, of_quantised, kv_len, flag, 1.0)
+    _, h, nq, w = x.q.shape
+    of = quantised_means(x, out.shape[3], out.dtype, lists.live, kv_len)
+    _launch(x.q, (h * nq * w, w, nq * w), of, out, lse, lists, (x.q_scale, x.lse_shift), flag, 1.0)

@@ -321,7 +321,7 @@ def compiled(case: Case) -> Figures:
         if case.tuned:
             config = module.config
             stack.enter_context(mock.patch.object(module, "config", lambda *args: config(*args) | dict(case.tuned)))
-        for of_card in (antidiagonal, block_sparse, flash, quantise, quantised):
+        for of_card in (antidiagonal, block_sparse, flash, quantise, quantised, remainder_kernel):
             stack.enter_context(mock.patch.object(of_card, "capability_of", lambda device: case.capability))
         stack.enter_context(contextlib.redirect_stdout(log))
         if case.kernel == "quantised" or case.kernel == "remainder" and case.pv:

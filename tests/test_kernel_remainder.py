@@ -277,7 +277,7 @@ def test_means_of_quantised_operands(head_dim, lengths, pv, poisoned):
     live, kv_len = tokens_of(128, 20), None if lengths is None else tokens_of(*lengths)
     q, k, v = make_qkv(2, 5, 158, 2, head_dim, dtype=FP16, device=DEVICE)
     x = quantise(q, k, v, pv=pv, kv_len=kv_len)
-    k_means, v_means = remainder.quantised_means(x, head_dim, FP16, live, kv_len)
+    k_means, v_means, counts = remainder.quantised_means(x, head_dim, FP16, live, kv_len)
     token = torch.arange(158, device=DEVICE)
     scale = x.k_scale[:, :, token // operands.KEYS, token % 8 // 2]
     keys = (x.k[..., :head_dim] * scale[..., None]).transpose(1, 2)
@@ -285,6 +285,7 @@ def test_means_of_quantised_operands(head_dim, lengths, pv, poisoned):
     torch.testing.assert_close(k_means.double(), oracle.means(keys, tokens, 128), rtol=1e-3, atol=1e-4)
     step = v.abs().max() * {"fp8": 2**-4, "int8": 2**-8, "16bit": 2**-11}[pv]  # half of one, of the greatest value
     assert (v_means - oracle.means(v, tokens, 128)).abs().max() <= step
+    torch.testing.assert_close(counts, tokens.expand(2, 2).float().log2())
     if lengths:
         assert not k_means[1, 1].any() and not v_means[1, 1].any()
 
@@ -314,24 +315,27 @@ def test_masked(lengths):
 def test_means(head_dim, dtype, layout, block, live, missing, poisoned):
     """Of the tokens that are there, whatever the other places hold."""
     n = len(live) * block - missing
-    x, _, _ = make_qkv(2, n, n, 3, head_dim, dtype=dtype, layout=layout, device=DEVICE)
+    _, k, v = make_qkv(2, n, n, 3, head_dim, dtype=dtype, layout=layout, device=DEVICE)
     empty = (torch.arange(block, device=DEVICE) >= tokens_of(*live)[:, None]).flatten()[:n]
-    x[:, empty] = torch.nan
-    mean = remainder.means(x, tokens_of(*live), block)
-    exact = oracle.means(x, tokens_of(*live)[None], block)
-    greatest = x.nan_to_num().abs().double().amax()
-    bound = exact.abs() * torch.finfo(dtype).eps / 2 + greatest * (block + 2) * EPS
-    bound += torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    assert mean.dtype == dtype and mean.shape == exact.shape
-    assert ((mean - exact).abs() <= bound).all()
+    k[:, empty] = v[:, empty] = torch.nan
+    of = remainder.means(k, v, tokens_of(*live), block)
+    for x, mean in ((k, of.k), (v, of.v)):
+        exact = oracle.means(x, tokens_of(*live)[None], block)
+        greatest = x.nan_to_num().abs().double().amax()
+        bound = exact.abs() * torch.finfo(dtype).eps / 2 + greatest * (block + 2) * EPS
+        bound += torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        assert mean.dtype == dtype and mean.shape == exact.shape
+        assert ((mean - exact).abs() <= bound).all()
+    torch.testing.assert_close(of.counts, tokens_of(*live).float().log2().expand(2, -1))
 
 
 def test_means_up_to_a_length(poisoned):
-    x, _, _ = make_qkv(3, 150, 150, 2, 40, dtype=FP16, device=DEVICE)
+    _, k, v = make_qkv(3, 150, 150, 2, 40, dtype=FP16, device=DEVICE)
     kv_len = tokens_of(150, 70, 64)
     for row, there in enumerate(kv_len.tolist()):
-        x[row, there:] = torch.nan
-    got = remainder.means(x, tokens_of(64, 64, 22), 64, kv_len)
-    exact = oracle.means(x, oracle.counted(make_lists(3, 1, 1, (64, 64, 22)), kv_len), 64)
-    torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-5)
-    assert not got[1, 2].any() and not got[2, 1:].any()
+        k[row, there:] = v[row, there:] = torch.nan
+    of = remainder.means(k, v, tokens_of(64, 64, 22), 64, kv_len)
+    tokens = oracle.counted(make_lists(3, 1, 1, (64, 64, 22)), kv_len)
+    for x, mean in ((k, of.k), (v, of.v)):
+        torch.testing.assert_close(mean.double(), oracle.means(x, tokens, 64), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(of.counts, tokens.float().log2())
