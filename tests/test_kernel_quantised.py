@@ -32,6 +32,11 @@ def lengths(*values):
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
+def pairs(first, second, third):
+    """Every two values together, not every three: the third is taken in turn."""
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
 def check(q, k, v, pv, *, scale=None, kv_len=None, lists=None, tuned=None):
     """The kernel's answer is the emulation's but for fp32's rounding, and the flag stays down.
 
@@ -107,9 +112,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("pv", PVS)
-@pytest.mark.parametrize("tuned", WAYS, ids=str)
-@pytest.mark.parametrize("head_dim", [40, 80])
+@pytest.mark.parametrize(("tuned", "pv", "head_dim"), pairs(WAYS, PVS, [40, 80]), ids=str)
 def test_every_way_of_working(tuned, head_dim, pv, poisoned):
     if DEVICE == "cuda" and tuned.get("TMA") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no TMA on this card")
@@ -209,23 +212,20 @@ def make_lists(batch, heads, q_len, kv_len, *, block_q=128, density=0.5, live=No
     return BlockList.of(keep.to(DEVICE), lengths(*there), block_q, 128, gaps=live is not None)
 
 
-@pytest.mark.parametrize("pv", PVS)
-@pytest.mark.parametrize(
+LISTS = [
     # B, Nq, Nk, H, Hkv, D, block_q
-    ("shape", "dtype", "layout"),
-    [
-        ((1, 128, 128, 1, 1, 64, 128), FP16, "BNHD"),
-        ((2, 130, 300, 2, 1, 72, 64), BF16, "fused"),
-        ((1, 200, 520, 2, 2, 128, 192), BF16, "BHND"),
-        ((2, 300, 640, 1, 1, 40, 128), FP16, "fused"),
-        ((1, 70, 70, 4, 2, 16, 64), FP16, "fused"),
-        ((1, 65, 257, 1, 1, 256, 128), BF16, "BNHD"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("gaps", [False, True])
-def test_lists(shape, dtype, layout, gaps, pv, poisoned):
-    batch, nq, nk, heads, kv_heads, head_dim, block_q = shape
+    ((1, 128, 128, 1, 1, 64, 128), FP16, "BNHD"),
+    ((2, 130, 300, 2, 1, 72, 64), BF16, "fused"),
+    ((1, 200, 520, 2, 2, 128, 192), BF16, "BHND"),
+    ((2, 300, 640, 1, 1, 40, 128), FP16, "fused"),
+    ((1, 70, 70, 4, 2, 16, 64), FP16, "fused"),
+    ((1, 65, 257, 1, 1, 256, 128), BF16, "BNHD"),
+]
+
+
+@pytest.mark.parametrize(("case", "pv", "gaps"), pairs(LISTS, PVS, [False, True]), ids=str)
+def test_lists(case, gaps, pv, poisoned):
+    (batch, nq, nk, heads, kv_heads, head_dim, block_q), dtype, layout = case
     options = {"kv_heads": kv_heads, "dtype": dtype, "layout": layout, "device": DEVICE}
     q, k, v = make_qkv(batch, nq, nk, heads, head_dim, **options)
     live = (min(77, nk), 0, 1)[: -(-nk // 128) - 1] if gaps else None
@@ -237,21 +237,23 @@ def test_lists(shape, dtype, layout, gaps, pv, poisoned):
 def test_lists_in_every_way_of_working(tuned, pv, poisoned):
     if DEVICE == "cuda" and tuned.get("TMA") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no TMA on this card")
-    q, k, v = make_qkv(2, 150, 460, 2, 80, kv_heads=1, dtype=BF16, layout="fused", device=DEVICE)
-    check(q, k, v, pv, lists=make_lists(2, 2, 150, 460, density=0.7), tuned=tuned)
-    with_gaps = make_lists(2, 2, 150, 460, density=0.7, live=(0, 100))
+    q, k, v = make_qkv(2, 130, 460, 2, 80, kv_heads=1, dtype=BF16, layout="fused", device=DEVICE)
+    check(q, k, v, pv, lists=make_lists(2, 2, 130, 460, density=0.7), tuned=tuned)
+    with_gaps = make_lists(2, 2, 130, 460, density=0.7, live=(0, 100))
     check(q, k, v, pv, kv_len=lengths(460, 300), lists=with_gaps, tuned=tuned)
 
 
-@pytest.mark.parametrize("live", [None, (64, 128, 0)], ids=str)
-@pytest.mark.parametrize("pv", PVS)
-@pytest.mark.parametrize("kv_len", [(0, 128, 150), (450, 256, 999), (384, 1, 449)], ids=str)
+@pytest.mark.parametrize(
+    ("kv_len", "pv", "live"),
+    pairs([(0, 128, 150), (450, 256, 999), (384, 1, 449)], PVS, [None, (64, 128, 0)]),
+    ids=str,
+)
 def test_blocks_beyond_a_length_do_not_count(kv_len, pv, live, poisoned):
     """Though lists name them all; what stands there is not read into the result."""
-    q, k, v = make_qkv(3, 140, 450, 2, 64, dtype=FP16, device=DEVICE)
+    q, k, v = make_qkv(3, 70, 450, 2, 64, kv_heads=1, dtype=FP16, device=DEVICE)
     beyond = torch.arange(450, device=DEVICE) >= lengths(*kv_len)[:, None]
     k[beyond], v[beyond] = torch.nan, torch.nan
-    lists = make_lists(3, 2, 140, 450, block_q=64, density=1.0, live=live)
+    lists = make_lists(3, 2, 70, 450, block_q=64, density=1.0, live=live)
     check(q, k, v, pv, kv_len=lengths(*kv_len), lists=lists)
 
 
@@ -263,9 +265,7 @@ def test_more_blocks_than_are_counted_at_a_time(monkeypatch, poisoned):
     quantised._plan.cache_clear()
 
 
-@pytest.mark.parametrize("kv_len", [None, (300, 133)], ids=str)
-@pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("pv", PVS)
+@pytest.mark.parametrize(("pv", "gaps", "kv_len"), pairs(PVS, [False, True], [None, (300, 133)]), ids=str)
 def test_every_block_listed_is_dense_attention(pv, gaps, kv_len, poisoned):
     """Tiles, their order and the step from one to the next are the same: bit for bit in the interpreter.
 
