@@ -62,7 +62,7 @@ WINDOWS = ((3, 11, 11), (9, 11, 11), (3, 22, 22), (9, 11, 22))  # of 9 x 22 x 22
 DECAYS = (0.25, 0.75, 1.0, 1.5)  # here the least keeps 0.6 already
 SHARDS = ((4, (0, 0, 0)), (3, (0, 0, 0)), (4, (1, 1, 1)), (3, (1, 1, 1)))  # with the reach
 KEPT = (2, 4)  # steps
-DENSE_STEPS = (0.1, 0.3)  # shares of the steps, beside the preset's
+DENSE_STEPS = (0.1, 0.2)  # shares of the steps, beside the preset's
 STRIDE = 8  # of XAttention
 
 DENSE = "dense"

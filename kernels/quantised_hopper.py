@@ -102,6 +102,7 @@ def attend_quantised(
     dtype: torch.dtype,
     kv_len: Tensor | None = None,
     return_lse: bool = False,
+    rounded_sums: bool = False,
     flag: Tensor | None = None,
     lists: BlockList | None = None,
     tuned: Config | None = None,
@@ -113,6 +114,8 @@ def attend_quantised(
         head_dim: 64 or 128. dtype: of the output.
         kv_len: int32 [B] on q's device: row b attends to its first kv_len[b] keys; those that x was made with.
         return_lse: whether to return the log-sum-exp too; x.lse_shift is there then.
+        rounded_sums: whether the log-sum-exp may be that of the rounded weights, as the output's sums are without one: it is
+            off by their rounding, and sums take no instructions of the threads.
         flag: int32, set to 1 where the output is not finite.
         lists: the key blocks of each query block, as large as the kernel's tiles; none lies wholly beyond kv_len.
         tuned: how the kernel is built; by head_dim and the lists' blocks where None.
@@ -154,11 +157,13 @@ def attend_quantised(
         nq, nk, h, h // h_kv, q_tiles, pieces, x.k_scale.shape[2], list_sb, list_sh, k_tiles,
     )  # fmt: skip
     grid = (min(pieces, processors(q.device)), 1, 1)
-    key = (built, d, v.dtype, dtype, q.device, has_lens, *modes.values(), return_lse, has_flag)
+    add = return_lse and not rounded_sums
+    key = (built, d, v.dtype, dtype, q.device, has_lens, *modes.values(), return_lse, add, has_flag)
     with on_device_of(q):
         found = _KERNELS.get(key)
         if found is None:
-            constants = {"HAS_LENS": has_lens, **modes, "HAS_LSE": return_lse, "HAS_FLAG": has_flag, **built.options}
+            asked = {"HAS_LSE": return_lse, "ADD": add, "HAS_FLAG": has_flag}
+            constants = {"HAS_LENS": has_lens, **modes, **asked, **built.options}
             compiled = forward[grid](*(TensorDescriptor(*tiles) for tiles in descs), *numbers, **constants)
             _KERNELS[key] = compiled, tuple(constants[name] for name in forward.arg_names if name in constants)
         else:  # past the look-up of the kernel, which reads every argument

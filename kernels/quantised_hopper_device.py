@@ -260,9 +260,10 @@ def _load(task, HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr):
 @gluon.jit
 def _attend(
     task, HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, LIVE: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr,
-    TURNS: gl.constexpr, GROUP: gl.constexpr,
+    ADD: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One warp group: attention of the GROUP-th M queries of every piece of work."""
+    """One warp group: attention of the GROUP-th M queries of every piece of work. ADD: weights are summed as they are, by
+    the threads; else as they are rounded, by the tensor cores."""
     o_desc, smem, full, empty, counts, lists, live, pieces, q_len, kv_group, scales, ones, lse, lse_shift, flag = task
     q_smem, k_smem, v_smem, o_smem = smem
     q_full, k_full, v_full = full
@@ -318,7 +319,7 @@ def _attend(
             turn("arrive", NEXT)
         s = hopper.warpgroup_mma_wait(0, [s])
         mbarrier.arrive(k_empty.index(slot))
-        p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, True, SHIFT, HAS_LSE)
+        p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, True, SHIFT, ADD)
         packed = _packed(p, V, acc_layout)
         if not V8:
             mbarrier.wait(v_full.index(slot), phase)
@@ -333,14 +334,14 @@ def _attend(
             else:
                 k_at -= 4
             if V8:
-                acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE)
+                acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, ADD)
                 mbarrier.arrive(v_empty.index(slot))
                 mbarrier.wait(k_full.index(next_slot), next_phase)
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
                 k_scale = gl.load(k_at)
                 s = hopper.warpgroup_mma_wait(0, [s])
                 mbarrier.arrive(k_empty.index(next_slot))
-                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, LIVE, SHIFT, HAS_LSE)
+                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, LIVE, SHIFT, ADD)
                 packed = _packed(p, V, acc_layout)
             else:
                 mbarrier.wait(k_full.index(next_slot), next_phase)
@@ -349,17 +350,17 @@ def _attend(
                 s = _scores(tile(q_smem, GROUP), tile(k_smem, next_slot), start)
                 k_scale = gl.load(k_at)
                 acc = hopper.warpgroup_mma(packed, tile(v_smem, slot), acc, is_async=True)
-                if not HAS_LSE:
+                if not ADD:
                     sums = _row_sums(packed, ones)
                 if TURNS:
                     turn("arrive", NEXT)
-                s = hopper.warpgroup_mma_wait(1 if HAS_LSE else 2, [s])
+                s = hopper.warpgroup_mma_wait(1 if ADD else 2, [s])
                 mbarrier.arrive(k_empty.index(next_slot))
-                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, LIVE, SHIFT, HAS_LSE)
+                p, m, shrink, l = _softmax(s, m, l, q_scale, k_scale, left, LIVE, SHIFT, ADD)
                 # Before the wait for acc, and not where v is used: it ends a block of instructions, which the assembler
                 # would else reorder so that the exponentials start after acc is complete.
                 mbarrier.wait(v_full.index(next_slot), next_phase)
-                if HAS_LSE:
+                if ADD:
                     acc = hopper.warpgroup_mma_wait(0, [acc])
                 else:
                     acc, sums = hopper.warpgroup_mma_wait(0, [acc, sums])
@@ -373,10 +374,10 @@ def _attend(
 
         mbarrier.arrive(q_empty.index(GROUP))
         if V8:
-            acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, HAS_LSE)
+            acc, l = _add_e4m3(acc, l, shrink, packed, tile(v_smem, slot), ones, v_full.index(slot), phase, ADD)
         else:
             acc = hopper.warpgroup_mma(packed, tile(v_smem, slot), acc, is_async=True)
-            if HAS_LSE:
+            if ADD:
                 acc = hopper.warpgroup_mma_wait(0, [acc])
             else:
                 acc, sums = hopper.warpgroup_mma_wait(0, [acc, _row_sums(packed, ones)])
@@ -384,12 +385,10 @@ def _attend(
         mbarrier.arrive(v_empty.index(slot))
         slot, phase = advance(slot, phase, STAGES)
 
+        total = gl.sum(l, 1) if ADD else gl.max(l, 1)  # of equal numbers
         if HAS_LSE:
-            total = gl.sum(l, 1)
             shift = gl.load(lse_shift + q_rows + rows, mask=rows < q_len, other=0.0)
             gl.store(lse + q_rows + rows, (m + gl.log2(total) - SHIFT) * LN2 + shift, mask=rows < q_len)
-        else:
-            total = gl.max(l, 1)  # of equal numbers
         x = acc * _over_columns(1.0 / gl.where(total == 0.0, 1.0, total), acc)
         if V8:
             x *= gl.load(v_scales + kv_head * D + gl.arange(0, D, gl.SliceLayout(0, acc_layout)))[None, :]
@@ -415,13 +414,13 @@ def forward(
     list_counts, list_indices, live, flag,
     q_len, kv_len, heads, kv_group, q_tiles, pieces, blocks, list_sb, list_sh, k_tiles,
     HAS_LENS: gl.constexpr, BLOCKS: gl.constexpr, LIVE: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FLAG: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, TURNS: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, TURNS: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     smem = (tiles(q_desc, GROUPS), tiles(k_desc, STAGES), tiles(v_desc, STAGES), tiles(o_desc, GROUPS))
     full = (barriers(GROUPS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
     empty = (barriers(GROUPS, 1), barriers(STAGES, GROUPS), barriers(STAGES, GROUPS))
-    if HAS_LSE:
+    if ADD:
         ones = smem[3]  # not used: p is added as it was before it is rounded
     else:
         ones = _ones(v_desc.dtype)
@@ -435,8 +434,8 @@ def forward(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 0)),
-                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 1)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, ADD, TURNS, 0)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, ADD, TURNS, 1)),
                 (_load, (load, HAS_LENS, BLOCKS)),
             ],
             [4, 1],
@@ -445,9 +444,9 @@ def forward(
     else:
         gl.warp_specialize(
             [
-                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 0)),
-                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 1)),
-                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, TURNS, 2)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, ADD, TURNS, 0)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, ADD, TURNS, 1)),
+                (_attend, (attend, HAS_LENS, BLOCKS, LIVE, HAS_LSE, HAS_FLAG, ADD, TURNS, 2)),
                 (_load, (load, HAS_LENS, BLOCKS)),
             ],
             [4, 4, 1],

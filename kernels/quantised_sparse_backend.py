@@ -32,12 +32,14 @@ class QuantisedSparseBackend(SparseBackend):
 
     Args:
         name, dense, blocks: see `SparseBackend`.
+        lse_options: what the kernel may do otherwise where its log-sum-exp is for the remainder.
     """
 
     dense: QuantisedBackend
 
-    def __init__(self, name: str, dense: QuantisedBackend, blocks: Blocks) -> None:
+    def __init__(self, name: str, dense: QuantisedBackend, blocks: Blocks, **lse_options: bool) -> None:
         super().__init__(name, dense, dense.attend_quantised, blocks)
+        self.lse_options = lse_options
 
     def _attend(self, selection: Selection, call: Call, flag: Tensor | None) -> Callable[..., Tensor]:
         def attend(q, k, v, kv_len, scale):
@@ -67,11 +69,13 @@ class QuantisedSparseBackend(SparseBackend):
         self, x: Quantised, selection: Selection, call: Call, kv_len: Tensor | None, flag: Tensor | None
     ) -> Tensor:
         lists = selection.lists(lambda: select(selection, x, call, kv_len), of_lengths=kv_len is not None)
-        remainder, options = selection.decision.remainder, {"kv_len": kv_len, "flag": flag}
+        options = {"kv_len": kv_len, "flag": flag}
         sizes = {"head_dim": call.head_dim, "dtype": call.dtype}
-        out, lse = self.attend(x, **sizes, lists=lists, return_lse=remainder, **options)
-        if remainder:
+        if selection.decision.remainder:
+            out, lse = self.attend(x, **sizes, lists=lists, return_lse=True, **self.lse_options, **options)
             add_quantised(out, lse, x, lists, **options)
+        else:
+            out, _ = self.attend(x, **sizes, lists=lists, **options)
         return selection.restored(out)
 
 

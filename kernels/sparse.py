@@ -66,7 +66,9 @@ BACKENDS = (
     *(QuantisedSparseBackend(f"triton_sparse_int8_{dense.pv}", dense, _portable) for dense in quantised.BACKENDS),
     SparseBackend("triton_hopper_sparse", *flash_hopper.BACKENDS, _along(flash_hopper.attend), _exact_hopper),
     *(
-        QuantisedSparseBackend(f"triton_hopper_sparse_int8_{dense.pv}", dense, _quantised_hopper(dense.pv))
+        QuantisedSparseBackend(
+            f"triton_hopper_sparse_int8_{dense.pv}", dense, _quantised_hopper(dense.pv), rounded_sums=True
+        )
         for dense in quantised_hopper.BACKENDS
     ),
 )

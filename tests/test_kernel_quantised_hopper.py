@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import math
 import re
 import subprocess
 
@@ -19,6 +20,7 @@ from videoattn.testing import make_qkv
 
 triton = pytest.importorskip("triton")
 hopper = pytest.importorskip("videoattn.kernels.quantised_hopper")
+quantise = pytest.importorskip("videoattn.kernels.quantise").quantise
 
 FP16, BF16 = torch.float16, torch.bfloat16
 PVS = ("fp8", "16bit")
@@ -97,11 +99,12 @@ FORMS = [
 ]  # fmt: skip
 FORMS += [(pv, 128, (True, False, True, "all")) for pv in PVS]
 FORMS += [("fp8", 128, (True, True, True, "lists")), ("fp8", 128, (False, False, True, "gaps"))]  # the most registers
+FORMS += [("fp8", head_dim, (True, "rounded", True, "lists")) for head_dim in HEAD_DIMS]
 
 
 @pytest.fixture(scope="module")
 def assembled():
-    """(pv, head_dim, (kv_len, lse, flag, blocks)) -> what `assemble` gives, with the Triton that the configs were tuned with."""
+    """(pv, head_dim, (kv_len, lse or its way, flag, blocks)) -> what `assemble` gives, with the Triton that the configs were tuned with."""
     return dict(zip(FORMS, aot.elsewhere(assemble, FORMS), strict=True))
 
 
@@ -121,7 +124,7 @@ def assemble(given):
     pv, d, form = given
     options = config_of(given).options
     compile_options = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
-    constants = dict(zip(("HAS_LENS", "HAS_LSE", "HAS_FLAG"), form[:3], strict=True)) | options
+    constants = {"HAS_LENS": form[0], "HAS_LSE": bool(form[1]), "ADD": form[1] is True, "HAS_FLAG": form[2]} | options
     constants |= {"BLOCKS": form[3] != "all", "LIVE": form[3] == "gaps"}
     tiles = {
         "q_desc": ("i8", 64, d, 8),
@@ -189,7 +192,7 @@ def test_it_fits_and_the_loop_over_the_keys_does_not_spill(form, assembled):
         assert text.count("IGMMA") == form[1] // 32
         # p v; and the sums of p, but for a log-sum-exp
         values = form[1] // 64 * KEYS // 32 if form[0] == "fp8" else KEYS // 16
-        sums = 0 if form[2][1] else KEYS // (32 if form[0] == "fp8" else 16)
+        sums = 0 if form[2][1] is True else KEYS // (32 if form[0] == "fp8" else 16)
         assert len(re.findall(r"\b[QH]GMMA", text)) == values + sums
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 256  # once a piece of work
 
@@ -261,6 +264,20 @@ def check(q, k, v, pv, *, lse=False, scale=None, kv_len=None):
         allowed = off + (k.shape[1] + tiles + 8) * EPS + 2 * shift * EPS
         assert ((got - exact_lse).abs() <= allowed)[~blind].all()
     return out
+
+
+@gpu
+@pytest.mark.parametrize("pv", PVS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_log_sum_exp_of_rounded_weights(head_dim, pv, poisoned):
+    """The output is the one without a log-sum-exp, which is off by the weights' rounding."""
+    q, k, v = make_qkv(2, 300, 777, 4, head_dim, kv_heads=2, dtype=BF16, device="cuda")
+    x = quantise(q, k, v, pv=pv, return_lse=True)
+    sizes = {"head_dim": head_dim, "dtype": BF16}
+    out, lse = hopper.attend_quantised(x, **sizes, return_lse=True, rounded_sums=True)
+    assert torch.equal(out, hopper.attend_quantised(x, **sizes)[0])
+    _, exact = hopper.attend_quantised(x, **sizes, return_lse=True)
+    assert (lse - exact).abs().max() <= math.log1p(2.0**-4 if pv == "fp8" else 2.0**-8)
 
 
 @gpu

@@ -65,7 +65,7 @@ class Sparse:
         first_frame: whether the key blocks of the first frame alone are kept by all.
         keep_steps: how many steps in a row a selection serves, its own included.
         remainder: whether key blocks that are left out stay in the softmax by their mean key and value, the pooled
-            remainder (Sol-Attn, arXiv:2607.24027); not every kernel has it.
+            remainder (Sol-Attn, arXiv:2607.24027).
     """
 
     selector: Selector | str = "pooled"
@@ -84,7 +84,8 @@ class Sparse:
         _one_of("precision", self.precision, get_args(Precision))
 
     def __str__(self) -> str:
-        kept = f", kept {self.keep_steps} steps" if self.keep_steps > 1 else ""
+        kept = ", remainder" if self.remainder else ""
+        kept += f", kept {self.keep_steps} steps" if self.keep_steps > 1 else ""
         several = isinstance(self.selector, SlidingTiles) and len(self.selector.windows) > 1
         selected = "sliding_tiles, a window a head" if several else label(self.selector)  # alike in every layer
         return f"sparse[{selected}{kept}] {self.precision}"
@@ -305,8 +306,8 @@ PRESETS = {
     "balanced": Policy(name="balanced", decision=Dense("int8_qk_fp8_pv")),
     "fast": Policy(
         name="fast",
-        decision=Sparse(XAttention(stride=16, density=0.3, order="morton"), "int8_qk_fp8_pv"),
-        dense_steps=0.2,
+        decision=Sparse(XAttention(stride=16, density=0.3, order="morton"), "int8_qk_fp8_pv", remainder=True),
+        dense_steps=0.3,
         min_steps=10,
         min_tokens=8192,
     ),
