@@ -1,0 +1,71 @@
+"""How a group of operators is cut, and the loop that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Part = Callable[[int, int], Tensor]
+"""(start, stop) -> what the group makes of these rows, in any layout of one shape."""
+
+
+def ranges(size: int, count: int) -> Iterator[tuple[int, int]]:
+    """`size` rows in `count` slices as even as can be, the longer ones first; fewer slices where there are fewer rows.
+
+    >>> list(ranges(7, 3)), list(ranges(2, 5))
+    ([(0, 3), (3, 5), (5, 7)], [(0, 1), (1, 2)])
+    """
+    count = max(1, min(size, count))
+    short, longer = divmod(size, count)
+    start = 0
+    for index in range(count):
+        stop = start + short + (index < longer)
+        yield start, stop
+        start = stop
+
+
+def sliced(part: Part, size: int, count: int, *, dim: int = 0, out: Tensor | None = None) -> Tensor:
+    """The group's output, slice by slice.
+
+    Args:
+        part: computes some rows. size: how many there are. count: of slices; with 1 `part` runs once on all, and what it
+            returns is returned.
+        dim: along which its outputs lie side by side.
+        out: where they go; may be what `part` reads, if no slice reads another's rows. Made after the first slice where None.
+    """
+    if count <= 1 and out is None:
+        return part(0, size)
+    for start, stop in ranges(size, count):
+        made = part(start, stop)
+        if out is None:
+            shape = (*made.shape[:dim], size, *made.shape[dim + 1 :])
+            out = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=_format(made, shape))
+        out.narrow(dim, start, stop - start).copy_(made)
+        del made  # before the next slice is computed
+    return out
+
+
+def _format(made: Tensor, shape: tuple[int, ...]) -> torch.memory_format:
+    """Images stay channels-last where the host made them so."""
+    if len(shape) == 4 and not made.is_contiguous() and made.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+class Groups:
+    """The groups of one module, and into how many slices each is cut.
+
+    Args:
+        names: of the groups, in the order in which they run.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.counts = dict.fromkeys(names, 1)
+        self.sizes: dict[str, int] = {}  # rows of each, as last run
+
+    def run(self, name: str, part: Part, size: int, *, dim: int = 0, out: Tensor | None = None) -> Tensor:
+        """`sliced`, by the count of the group `name`."""
+        self.sizes[name] = size
+        return sliced(part, size, self.counts[name], dim=dim, out=out)
