@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from videoattn.benchmarks import results
+from videoattn.policy import PRESETS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BAR = 27.0  # dB
 METRICS = {"psnr_mean_db": "PSNR, mean, dB", "ssim_mean": "SSIM, mean"}
 FEWER_STEPS = "fewer steps"
-REMAINDER = ", remainder"
+REMAINDER, NO_REMAINDER = ", remainder", ", no remainder"
 STARS = {"fast": "full", "fast in 16 bits": "none"}  # the preset, and how its star is filled
 # Okabe and Ito's colours, which colour-blind readers tell apart; of one colour what shares a selector
 COLOURS = {
@@ -40,16 +41,17 @@ Points = dict[str, dict[str, float]]
 
 
 def points(path: Path, card: str | None = None) -> Points:
-    """The newest figures of one card, the last measured where None.
+    """The figures of the newest commit on one card, the last measured where None.
 
     Raises:
         ValueError: none of that card.
     """
     rows = results.read(path)
     card = card or (rows[-1]["gpu"] if rows else None)
+    rows_of_card = [row for row in rows if row["gpu"] == card]
     found: Points = {}
-    for row in rows:
-        if row["gpu"] == card:
+    for row in rows_of_card:
+        if row["commit"] == rows_of_card[-1]["commit"]:
             found.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
     if not found:
         raise ValueError(f"{path}: wanted figures of {card or 'any card'}, got {sorted({row['gpu'] for row in rows})}")
@@ -82,11 +84,18 @@ def selector_of(curve: str) -> str:
     return named[0]
 
 
+def has_remainder(curve: str) -> bool:
+    """What a name does not say of "fast", the preset does."""
+    if curve.startswith("fast"):
+        return NO_REMAINDER not in curve and (PRESETS["fast"].decision.remainder or REMAINDER in curve)
+    return REMAINDER in curve
+
+
 def draw(axis: Axes, found: Points, metric: str, *, remainder: bool) -> None:
     """The curves that have the remainder, or the others, and the controls of both."""
     drawn: dict[str, int] = {}
     for curve, line in curves(found, metric).items():
-        if (REMAINDER in curve) != remainder:
+        if has_remainder(curve) != remainder:
             continue
         selector = selector_of(curve)
         marker = MARKERS[drawn.get(selector, 0) % len(MARKERS)]
@@ -144,7 +153,9 @@ def plot(found: Points, path: Path) -> None:
         for axis, remainder in zip(row, (False, True), strict=True):
             draw(axis, found, metric, remainder=remainder)
     figure.suptitle(heading(found["dense"]), fontsize=TITLE)
-    legend = axes[0][0].get_legend_handles_labels()
+    handles = (dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)) for axis in axes[0])
+    labels = {label: handle for of in handles for label, handle in of.items()}
+    legend = labels.values(), labels.keys()
     figure.legend(*legend, ncols=5, fontsize=TICK, loc="outside lower center", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

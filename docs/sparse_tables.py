@@ -13,7 +13,9 @@ SHOWN = ("fast", "random, raster", "random, morton", "fewer steps", "noise floor
 def quality() -> str:
     """What the plot does not show by name: the preset, with its controls."""
     found: dict[str, dict[str, float]] = {}
-    for row in newest("quality_sparse", "case", "metric", card=""):
+    rows_of_all = newest("quality_sparse", "case", "metric", card="")
+    latest = max(rows_of_all, key=lambda row: row["date"])["commit"]  # curves compare within a commit
+    for row in (row for row in rows_of_all if row["commit"] == latest):
         found.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
     rows = []
     for case in sorted((case for case in found if case.startswith(SHOWN)), key=_rank):
