@@ -17,6 +17,7 @@ from videoattn.session import Session, session_of
 
 if TYPE_CHECKING:
     from videoattn.profiling.profile import Profile
+    from videoattn.slicing.session import Slicing
 
 Pipe = TypeVar("Pipe")
 
@@ -63,9 +64,57 @@ def disable_fast_attention(pipe: Pipe) -> Pipe:
     return pipe
 
 
+def enable_feature_slicing(
+    pipe: Pipe, *, memory: int | str | None = None, slices: int | None = None, vae: bool = True
+) -> Pipe:
+    """Run a pipeline's denoisers, and its VAE's decoder, slice by slice: the same videos in less memory. In place; calling
+    again replaces.
+
+    Args:
+        pipe: a DiffusionPipeline, a ModularPipeline, or a bare denoiser.
+        memory: what lies on the device at most, weights included: bytes, or "11GiB", "11 GB". The fewest slices that keep it
+            are chosen for each size of video, before its first step.
+        slices: instead: into how many slices every group of operators is cut.
+        vae: whether the decoder is sliced too.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        TypeError, ValueError: neither or both of `memory` and `slices`, or no such number; nothing that can be sliced.
+            Nothing has been changed then. A budget that a size of video cannot keep raises OverBudget, a ValueError, when a
+            generation of that size begins.
+    """
+    from videoattn.slicing import budget, decoding
+    from videoattn.slicing.session import Slicing, slicing_of
+
+    if (memory is None) == (slices is None):
+        raise ValueError(f"slicing: wanted one of memory and slices, got {memory!r} and {slices!r}")
+    if slices is not None and (isinstance(slices, bool) or not isinstance(slices, int)):
+        raise TypeError(f"slices: wanted an int, got {type(slices).__name__}")
+    if slices is not None and slices < 1:
+        raise ValueError(f"slices: wanted 1 or more, got {slices}")
+    options = {"slices": slices, "budget": None if memory is None else budget.parse(memory)}
+    made = [Slicing(model, entry, **options) for model, entry in _sliced_models(pipe, vae=vae)]
+    for slicing in made:
+        previous = slicing_of(slicing.model)
+        if previous is not None:
+            previous.detach()
+        slicing.attach()
+    decoding.check_ahead(made)
+    return pipe
+
+
+def disable_feature_slicing(pipe: Pipe) -> Pipe:
+    """Put back the very forwards that were there; nothing happens where slicing is not enabled. Returns `pipe`."""
+    for slicing in _slicings(pipe):
+        slicing.detach()
+    return pipe
+
+
 def disable(pipe: Pipe) -> Pipe:
     """Undo everything that videoattn has enabled on a pipeline, last first. Returns `pipe`."""
-    return disable_fast_attention(pipe)
+    return disable_fast_attention(disable_feature_slicing(pipe))
 
 
 @contextlib.contextmanager
@@ -89,15 +138,17 @@ def fast_attention(
 
 
 def report(pipe: object) -> Report:
-    """What was swapped, what runs there and why; `str()` of it is a table. Waits for what runs.
+    """What was swapped or cut, what runs there and why; `str()` of it is a table. Waits for what runs.
 
     Raises:
-        ValueError: attention is not enabled on `pipe`.
+        ValueError: nothing is enabled on `pipe`.
     """
-    sessions = _sessions(pipe, "report")
+    slicings = _slicings(pipe)
+    sessions = [] if slicings and not _enabled(pipe) else _sessions(pipe, "report")
     for session in sessions:
         session.look(session.clock.generation, wait=True)
-    return reports.build(f"{_name(pipe)}, policy {sessions[0].policy.name}", sessions)
+    title = f"{_name(pipe)}, policy {sessions[0].policy.name}" if sessions else _name(pipe)
+    return reports.build(title, sessions, slicings)
 
 
 def warmup(
@@ -168,9 +219,13 @@ def profile(pipe: object, *, out: Path | str | None = None, progress: bool = Tru
     return made
 
 
+def _enabled(pipe: object) -> list[Session]:
+    return [session for model in _denoisers(pipe) if (session := session_of(model)) is not None]
+
+
 def _sessions(pipe: object, asked: str) -> list[Session]:
     """The sessions of a pipeline's denoisers. ValueError, which names what was asked, where there are none."""
-    sessions = [session for model in _denoisers(pipe) if (session := session_of(model)) is not None]
+    sessions = _enabled(pipe)
     if not sessions:
         raise ValueError(f"{asked}: wanted a pipeline with fast attention enabled, got an untouched {_name(pipe)}")
     return sessions
@@ -187,6 +242,24 @@ def _denoisers(pipe: object) -> list[nn.Module]:
             f"pipe: wanted a diffusers pipeline with one of {', '.join(_DENOISERS)}, or a denoiser, got {_name(pipe)}"
         )
     return models
+
+
+def _sliced_models(pipe: object, *, vae: bool = True) -> Iterator[tuple[nn.Module, str]]:
+    """(model, what the pipeline calls of it) of what can be sliced; a VAE of a class that is not known stays as it is."""
+    from videoattn.slicing.session import sliceable
+
+    for model in _denoisers(pipe):
+        yield model, "forward"
+    autoencoder = None if isinstance(pipe, nn.Module) or not vae else getattr(pipe, "vae", None)
+    if isinstance(autoencoder, nn.Module) and any(sliceable(autoencoder, [])):
+        yield autoencoder, "decode"
+
+
+def _slicings(pipe: object) -> list[Slicing]:
+    from videoattn.slicing.session import slicing_of
+
+    found = [slicing_of(model) for model, _ in _sliced_models(pipe)]
+    return [slicing for slicing in found if slicing is not None]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from videoattn import measured
 from videoattn.policy import Policy
 from videoattn.runner import Plan
 from videoattn.session import Patch, Session
+
+if TYPE_CHECKING:
+    from videoattn.slicing.session import Slicing
 
 QUANTISED_KINDS = Policy().kinds
 
@@ -78,7 +82,10 @@ class Report:
             table.add_row(kind, str(sites), adapter, decision, who, size, str(calls), why)
         console = Console(width=160, force_terminal=False, highlight=False, markup=False, emoji=False)
         with console.capture() as capture:
-            console.print(table)
+            if self.sites:
+                console.print(table)
+            else:
+                console.print(self.title)
             if self.shares.keys() - {"exact"}:
                 told = (f"{computed} {share:.1%}" for computed, share in self.shares.items())
                 console.print(f"self-attention calls: {', '.join(told)}")
@@ -91,7 +98,7 @@ class Report:
         return capture.get()
 
 
-def build(title: str, sessions: Sequence[Session]) -> Report:
+def build(title: str, sessions: Sequence[Session], slicings: Sequence[Slicing] = ()) -> Report:
     rows = [row for session in sessions for patch in session.patches for row in _rows(session, patch)]
     devices = {plan.call.device for session in sessions for plan in session.plans}
     return Report(
@@ -101,8 +108,9 @@ def build(title: str, sessions: Sequence[Session]) -> Report:
         notes=(
             *(f"{session.model_name}: {note}" for session in sessions for note in _notes(session)),
             *sorted({measured.note(device) for device in devices} - {""}),
+            *(f"{type(slicing.model).__name__}: {note}" for slicing in slicings for note in slicing.notes()),
         ),
-        generations=max(session.clock.generation + 1 for session in sessions),
+        generations=max((session.clock.generation + 1 for session in sessions), default=0),
         denoiser_calls=sum(session.clock.calls for session in sessions),
         shares=_shares(plan for session in sessions for plan in session.plans),
         planning_seconds=sum(session.planning_seconds for session in sessions),

@@ -178,7 +178,7 @@ def _run(
     name: str, module: nn.Module, call: Callable[[], object], calls: int, where: Where = lambda: (-1, 0, "")
 ) -> Rehearsal:
     counts = Counts(where=where, memory=True)
-    with torch.no_grad(), _OnMeta(), Scopes({name.split(".")[0]: module}, counts), counts:
+    with torch.no_grad(), OnMeta(), Scopes({name.split(".")[0]: module}, counts), counts:
         call()
     return Rehearsal(
         name=name,
@@ -204,7 +204,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__)
 
 
-class _OnMeta(TorchFunctionMode):
+class OnMeta(TorchFunctionMode):
     """Stands in for what the meta device does not do as a GPU does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

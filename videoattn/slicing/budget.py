@@ -28,3 +28,15 @@ def parse(memory: int | str, where: str = "memory") -> int:
     if size < 1:
         raise ValueError(f"{where}: wanted 1 byte at least, got {memory!r}")
     return size
+
+
+def shown(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> shown(11811160064), shown(5 * 2**19), shown(700)
+    ('11.00 GiB', '2.50 MiB', '700 bytes')
+    """
+    for unit in ("Gi", "Mi", "Ki"):
+        if size >= UNITS[unit.upper()]:
+            return f"{size / UNITS[unit.upper()]:.2f} {unit}B"
+    return f"{size} bytes"

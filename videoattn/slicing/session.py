@@ -1,0 +1,210 @@
+"""What feature slicing did to one model of a pipeline, a denoiser or a VAE, and how it is undone.
+
+The session is the denoiser's own forward pre-hook, as that of attention is, and stands before a VAE's `decode`: it knows each
+call's sizes before it runs, and chooses slices by a budget once for each size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from videoattn.slicing import forecast
+from videoattn.slicing.budget import shown
+from videoattn.slicing.install import SlicedForward
+from videoattn.slicing.registry import Sliced, table
+
+Entry = Literal["forward", "decode"]
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class OverBudget(ValueError):
+    """No choice of slices meets the budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen for calls of one size.
+
+    Args:
+        counts: site -> group -> slices.
+        activations: bytes that a call makes at its peak, as predicted.
+        resident: bytes that lay on the device before it.
+    """
+
+    counts: dict[str, dict[str, int]]
+    activations: int
+    resident: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.resident
+
+
+class Slicing:
+    """Feature slicing of one model.
+
+    Args:
+        model: a denoiser, or a VAE.
+        entry: what a pipeline calls of it: "forward", or "decode".
+        slices: of every group; or None, and
+        budget: bytes on the device that a call must not pass.
+
+    Raises:
+        ValueError: nothing in it can be sliced.
+    """
+
+    def __init__(
+        self, model: nn.Module, entry: Entry = "forward", *, slices: int | None = None, budget: int | None = None
+    ) -> None:
+        self.model = model
+        self.entry = entry
+        self.slices = slices
+        self.budget = budget
+        self.refused: list[tuple[str, str]] = []
+        self.sites = [SlicedForward(where, module, kind) for where, module, kind in sliceable(model, self.refused)]
+        if not self.sites:
+            reasons = "; ".join(sorted({reason for _, reason in self.refused})) or "no class that is known"
+            raise ValueError(
+                f"slicing: wanted a model with parts that can be sliced, got {type(model).__name__}: {reasons}"
+            )
+        self.choices: dict[tuple, Choice] = {}
+        self.choice: Choice | None = None  # of the call that runs, or ran last
+        self.then: Callable[[tuple, dict], None] | None = None  # looks at what the same generation will call later
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def attach(self) -> None:
+        for site in self.sites:
+            site.install()
+            site.groups.counts = dict.fromkeys(site.groups.counts, self.slices or 1)
+        if self.entry == "forward":
+            self._handle = self.model.register_forward_pre_hook(self, with_kwargs=True)
+        else:
+            self.model.decode = _Decode(self)
+
+    def detach(self) -> None:
+        if self.entry == "forward":
+            self._handle.remove()
+        else:
+            del self.model.decode
+        for site in self.sites:
+            site.remove()
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before each call: the slices of its size."""
+        if self.budget is None:
+            return
+        known = len(self.choices)
+        choice = self.chosen(args, kwargs)
+        if self.then is not None and len(self.choices) > known:
+            self.then(args, kwargs)
+        if choice is not self.choice:
+            self.choice = choice
+            for site in self.sites:
+                site.groups.counts = dict(choice.counts[site.name])
+
+    def chosen(self, args: tuple, kwargs: dict) -> Choice:
+        """For calls with arguments like these."""
+        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in tree_leaves((args, kwargs)))
+        if key not in self.choices:
+            self.choices[key] = self._choose(args, kwargs, _resident(self.model))
+        return self.choices[key]
+
+    def _choose(self, args: tuple, kwargs: dict, resident: int) -> Choice:
+        """The fewest slices that keep the budget: more where a part passes it, one elsewhere.
+
+        Raises:
+            OverBudget: none do; it names the least that can.
+        """
+        twin = forecast.twin(self.model)
+        sites = {where: SlicedForward(where, module, kind) for where, module, kind in sliceable(twin, [])}
+        for site in sites.values():
+            site.install()
+        args, kwargs = forecast.on_meta((args, kwargs))
+        call = twin if self.entry == "forward" else twin.decode
+        allowed = self.budget - resident
+        over, found = set(sites), None
+        for count in CANDIDATES:
+            for name in over:
+                sites[name].groups.counts = dict.fromkeys(sites[name].groups.counts, count)
+            peak, most = forecast.peak(lambda: call(*args, **kwargs), sites.values())
+            if found is None or peak < found.activations:
+                counts = {name: dict(site.groups.counts) for name, site in sites.items()}
+                found = Choice(counts=counts, activations=peak, resident=resident)
+            if peak <= allowed:
+                return found
+            over = {name for name in sites if most.get(name, 0) > allowed}
+            if not over:
+                break
+        raise OverBudget(
+            f"memory: wanted at most {shown(self.budget)}, and {type(self.model).__name__}.{self.entry} at this size needs "
+            f"{shown(found.total)}: {shown(resident)} that lie there already, and {shown(found.activations)} that it makes"
+        )
+
+    def notes(self) -> Iterator[str]:
+        """For reports."""
+        told = f"{len(self.sites)} modules in slices, outputs as without to rounding"
+        if self.slices is not None:
+            yield f"{told}; {self.slices} of each group"
+        elif self.choice is None:
+            yield f"{told}; budget {shown(self.budget)}, not called yet"
+        else:
+            counts = sorted({count for groups in self.choice.counts.values() for count in groups.values()})
+            yield (
+                f"{told}; budget {shown(self.budget)}: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of a "
+                f"group, {shown(self.choice.total)} predicted, of which {shown(self.choice.resident)} lay there before"
+            )
+        for name, reason in self.refused:
+            yield f"{name} stays whole: {reason}"
+        if any(module._compiled_call_impl is not None for module in self.model.modules()):
+            yield "what is compiled stays whole: a compiler plans the memory of its graph itself"
+
+
+class _Decode:
+    """`decode` of a VAE while its decoder is sliced."""
+
+    def __init__(self, slicing: Slicing) -> None:
+        self.slicing = slicing
+
+    def __call__(self, *args, **kwargs):
+        model = self.slicing.model
+        self.slicing(model, args, kwargs)
+        return type(model).decode(model, *args, **kwargs)
+
+
+def sliceable(root: nn.Module, refused: list[tuple[str, str]]) -> Iterator[tuple[str, nn.Module, Sliced]]:
+    """(name, module, how) of the outermost modules that can run in slices; adds to `refused` what cannot, and why."""
+    inside: tuple[str, ...] = ()
+    known = table()
+    for name, module in root.named_modules():
+        kind = known.get(type(module).__name__)
+        if kind is None or name.startswith(inside):
+            continue
+        reason = kind.refuses(module)
+        if reason is not None:
+            refused.append((name, reason))
+            continue
+        inside = (*inside, f"{name}." if name else "")
+        yield name, module, kind
+
+
+def _resident(model: nn.Module) -> int:
+    """Bytes on the device that a call runs on, before it; of a CPU, what the model itself holds."""
+    weight = next(model.parameters())
+    if weight.device.type == "cuda":
+        return torch.cuda.memory_allocated(weight.device)
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
+def slicing_of(model: nn.Module) -> Slicing | None:
+    """The session on a model, if slicing is enabled on it."""
+    decode = vars(model).get("decode")
+    if isinstance(decode, _Decode):
+        return decode.slicing
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Slicing)), None)
