@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from videoattn.pipelines.adapter import Adapter, patched_grid
 from videoattn.pipelines.processor import FastProcessor, project_out
 from videoattn.pipelines.token_order import Seams
-from videoattn.prologue import Prologue, Stream, rotate_pairs, split_heads
+from videoattn.prologue import Prologue, Rope, Stream, rotate_pairs, split_heads
 
 TEXT_TOKENS = 512  # the host's transformer hard-codes where the image's tokens end and the text's begin
 
@@ -25,9 +25,7 @@ class WanProcessor(FastProcessor):
         context, image = encoder_hidden_states, None
         if attn.add_k_proj is not None:
             image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-        rope = None
-        if rotary_emb is not None:  # the host's tables hold each value twice; q and k share the halves
-            rope = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
+        rope = None if rotary_emb is None else halves(rotary_emb)  # which q and k share
         stream = Stream(*self._project(attn, hidden_states, context), attn.norm_q, attn.norm_k, rope)
         if image is None and attention_mask is None:
             return project_out(attn, self.attend(attn.heads, stream))
@@ -54,6 +52,11 @@ class WanProcessor(FastProcessor):
         if attn.fused_projections:
             return attn.to_added_kv(image).chunk(2, dim=-1)
         return attn.add_k_proj(image), attn.add_v_proj(image)
+
+
+def halves(rotary_emb: Rope) -> Rope:
+    """The host's tables [1, N, 1, D] hold each value twice: [1, N, 1, D/2]."""
+    return rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
 
 
 def keeps_order(model, inputs) -> str | None:

@@ -68,27 +68,30 @@ class Prologue:
         return tuple(joined)
 
     def _finish(self, heads: int, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        for name, norm in (("q", stream.norm_q), ("k", stream.norm_k)):
-            x = getattr(stream, name)
-            setattr(stream, name, None)
-            if norm is not None and self.norm == "across_heads":
-                x = norm(x)
-            if stream.rope is not None and self.rope == "across_heads":
-                x = self.rotate(x, stream.rope)
-            x = split_heads(x, heads)
-            if norm is not None and self.norm == "per_head":
-                x = norm(x)
-            if stream.rope is not None and self.rope == "per_head":
-                span = stream.rope_span
-                if span is None:
-                    x = self.rotate(x, stream.rope)
-                else:  # x is a fresh projection or norm, so its other tokens may stay where they are
-                    x[:, span] = self.rotate(x[:, span], stream.rope)
-            setattr(stream, name, x)
-            del x
+        self.finish(heads, stream, "q")
+        self.finish(heads, stream, "k")
         q, k, v = stream.q, stream.k, split_heads(stream.v, heads)
         stream.q = stream.k = stream.v = None
         return q, k, v
+
+    def finish(self, heads: int, stream: Stream, name: Literal["q", "k"]) -> None:
+        """Turn one projection of a stream, [B, N, H*D], into what attention takes, [B, N, H, D], and leave it there."""
+        x, norm = getattr(stream, name), getattr(stream, f"norm_{name}")
+        setattr(stream, name, None)
+        if norm is not None and self.norm == "across_heads":
+            x = norm(x)
+        if stream.rope is not None and self.rope == "across_heads":
+            x = self.rotate(x, stream.rope)
+        x = split_heads(x, heads)
+        if norm is not None and self.norm == "per_head":
+            x = norm(x)
+        if stream.rope is not None and self.rope == "per_head":
+            span = stream.rope_span
+            if span is None:
+                x = self.rotate(x, stream.rope)
+            else:  # x is a fresh projection or norm, so its other tokens may stay where they are
+                x[:, span] = self.rotate(x[:, span], stream.rope)
+        setattr(stream, name, x)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -69,3 +69,8 @@ class Groups:
         """`sliced`, by the count of the group `name`."""
         self.sizes[name] = size
         return sliced(part, size, self.counts[name], dim=dim, out=out)
+
+    def ranges(self, name: str, size: int) -> Iterator[tuple[int, int]]:
+        """The slices alone, for a group whose slices write into several tensors."""
+        self.sizes[name] = size
+        return ranges(size, self.counts[name])
