@@ -1,0 +1,227 @@
+"""What the blocks of video UNets share: features of which some frames, or some places, run at a time.
+
+Operators of one domain are a group (Zhan et al., "Fast and Memory-Efficient Video Diffusion Using Streamlined Inference",
+NeurIPS 2024): "spatial" ones see a frame by itself, "temporal" ones a place of the picture by itself in all frames. What a
+group makes goes where its input lay, wherever the block itself made that input, so that a block of any number of layers has
+one tensor of its own beside those that it was given.
+
+Letters: B videos, T frames of each, N = B T, C channels, H rows, W columns, P = H W places; n of a slice.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import apply_freeu
+from torch import Tensor, nn
+
+from videoattn.slicing.norm import Statistics, statistics
+from videoattn.slicing.slices import Groups, ranges
+
+Given = dict[str, Any]
+"""Arguments of a call by their names."""
+
+
+def forward(run: Callable[[nn.Module, Groups, Given], object]) -> Callable[..., object]:
+    """A sliced forward from a function of the arguments' names; the host's own where slices could not do what it does."""
+
+    @functools.wraps(run)
+    def called(module: nn.Module, groups: Groups, *args, **kwargs):
+        bound = _signature(type(module)).bind(module, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        deprecated = given.pop("args", ()) or given.pop("kwargs", {})
+        if deprecated or _needs_host(module, given["hidden_states"]):
+            return type(module).forward(module, *args, **kwargs)
+        return run(module, groups, given)
+
+    return called
+
+
+@functools.cache
+def _signature(kind: type) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
+def _needs_host(module: nn.Module, x: Tensor) -> bool:
+    """Whether a call needs more than values: gradients, which keep every intermediate anyway, or autocast's types."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(y.requires_grad for y in module.parameters())):
+        return True
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward: what hangs on it must see the call, and all of it."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return "forward" in vars(module) or not all(getattr(hook, "observes", False) for hook in hooks)
+
+
+def not_of(kind: type, modules: nn.ModuleList) -> str | None:
+    """Why modules cannot be taken apart as those of the class are."""
+    other = next((module for module in modules if type(module) is not kind), None)
+    return None if other is None else f"{type(other).__name__} is in the place of {kind.__name__}"
+
+
+class Features:
+    """Features on their way through a block.
+
+    Args:
+        x: [N, C, H, W], as the block is given them: not written to. frames: T.
+    """
+
+    def __init__(self, groups: Groups, x: Tensor, frames: int) -> None:
+        self.groups = groups
+        self.x = x
+        self.frames = frames
+        self._own = False  # x was made by slices of this block, and nobody else has it
+
+    @property
+    def videos(self) -> int:
+        return len(self.x) // self.frames
+
+    @property
+    def places(self) -> int:
+        return self.x.shape[2] * self.x.shape[3]
+
+    def kept(self) -> Tensor:
+        """x, which from now on others have too."""
+        self._own = False
+        return self.x
+
+    def replace(self, x: Tensor) -> None:
+        """By what a module made, which may be keeping it."""
+        self.x, self._own = x, False
+
+    def video(self) -> Tensor:
+        """x as [B, C, T, P]."""
+        return _video(self.x, self.frames)
+
+    def across_time(self, module: nn.Module) -> bool:
+        """Whether a temporal module is to be taken apart."""
+        return self.groups.counts["temporal"] > 1 and not hooked(module)
+
+    def statistics(self, norm: nn.GroupNorm) -> Statistics:
+        """Of a GroupNorm over [B, C, T, P]."""
+        video = self.video()
+        slices = ranges(self.places, self.groups.counts["temporal"])
+        return statistics(norm, (video[..., start:stop] for start, stop in slices))
+
+    def spatial(self, part: Callable[[Tensor, Take], Tensor], *, resized: bool = False) -> None:
+        """A group on frames.
+
+        Args:
+            part: (x [n, C, H, W], take) -> [n, C', H', W']; `take` gives the same rows of anything that has N of them.
+            resized: its output has another shape than x where x is the block's own.
+        """
+        x, size = self.x, len(self.x)
+
+        def run(start: int, stop: int) -> Tensor:
+            return part(x[start:stop], Take(size, lambda y: y[start:stop]))
+
+        self.x = self.groups.run("spatial", run, size, out=x if self._own and not resized else None)
+        self._own = self.groups.counts["spatial"] > 1
+
+    def temporal(self, part: Callable[[int, int], Tensor]) -> None:
+        """A group on places: (start, stop) -> [B, C, T, n], which may depend on x at these places and no others."""
+        count, height = self.groups.counts["temporal"], self.x.shape[2]
+        out = None
+        if count > 1:
+            out = _video(self.x if self._own else torch.empty_like(self.x), self.frames)
+        made = self.groups.run("temporal", part, self.places, dim=3, out=out)
+        self.x = made.transpose(1, 2).flatten(0, 1).unflatten(2, (height, -1))
+        self._own = count > 1
+
+
+class Take:
+    """The rows of a slice, of arguments.
+
+    Args:
+        size: rows of all slices. rows: of a tensor that has so many, those of the slice.
+    """
+
+    def __init__(self, size: int, rows: Callable[[Tensor], Tensor]) -> None:
+        self.size = size
+        self.rows = rows
+
+    def __call__(self, value: Any, *, named: bool = True) -> Any:
+        """Of a tensor, or of all those in a tuple, list or dict: IP-Adapter's images, GLIGEN's boxes.
+
+        named: by the host, so that its tensors have a row for each row of the features, or one for all; in a dict they may
+            have anything.
+
+        Raises:
+            ValueError: they have not. A slice might happen to have as many rows, and then be wrong in silence.
+        """
+        if isinstance(value, Tensor):
+            if value.ndim and len(value) == self.size:
+                return self.rows(value)
+            if named and value.ndim and len(value) != 1:
+                raise ValueError(f"slicing: wanted arguments of {self.size} rows, or of 1, got {tuple(value.shape)}")
+            return value
+        if isinstance(value, dict):
+            return {key: self(each, named=False) for key, each in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self(each, named=named) for each in value)
+        return value
+
+
+def join(module: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    """What a layer of an up block starts from: some frames of x and of the skip tensor, as FreeU (Si et al., 2023) scales
+    them where it is enabled."""
+    scales = {name: getattr(module, name, None) for name in ("s1", "s2", "b1", "b2")}
+    if all(scales.values()):
+        x, skip = apply_freeu(module.resolution_idx, x.clone(), skip, **scales)  # it writes to x
+    return torch.cat([x, skip], dim=1)
+
+
+def downsample(module: nn.Module, features: Features) -> None:
+    for downsampler in module.downsamplers:
+        features.spatial(lambda x, take, run=downsampler: run(hidden_states=x), resized=True)
+
+
+def upsample(module: nn.Module, features: Features, size: Any) -> None:
+    for upsampler in module.upsamplers or ():
+        features.spatial(lambda x, take, run=upsampler: run(hidden_states=x, output_size=size), resized=True)
+
+
+def mix_frames(
+    module: nn.Module, features: Features, text: Tensor | None = None, kwargs: dict[str, Any] | None = None, **labels: Any
+) -> None:
+    """A transformer over the frames of each place, in the place of its input: GroupNorm over (C/G, T, H, W), projection,
+    blocks on [B n, T, C], projection, residual.
+
+    Args:
+        text: [B P, ...] of cross-attention. kwargs: of attention. labels: of adaptive norms.
+    """
+    before = features.statistics(module.norm)
+    video, videos, places = features.video(), features.videos, features.places
+
+    def part(start: int, stop: int) -> Tensor:
+        x = video[..., start:stop]
+        take = Take(videos * places, lambda y: y.unflatten(0, (videos, places))[:, start:stop].flatten(0, 1))
+        y = before.normalised(x).permute(0, 3, 2, 1).flatten(0, 1)
+        y = module.proj_in(input=y)
+        for block in module.transformer_blocks:
+            y = block(hidden_states=y, encoder_hidden_states=take(text), cross_attention_kwargs=take(kwargs), **labels)
+        y = module.proj_out(input=y)
+        return y.unflatten(0, (videos, -1)).permute(0, 3, 2, 1) + x
+
+    features.temporal(part)
+
+
+def mixing(module: nn.Module, groups: Groups, given: Given) -> Tensor:
+    """Forward of such a transformer by itself."""
+    x = given["hidden_states"]
+    features = Features(groups, x, given["num_frames"])
+    labels = {name: given[name] for name in ("timestep", "class_labels")}
+    mix_frames(module, features, given["encoder_hidden_states"], given["cross_attention_kwargs"], **labels)
+    return features.x
+
+
+def _video(x: Tensor, frames: int) -> Tensor:
+    """[N, C, H, W] as [B, C, T, P], a view."""
+    return x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
