@@ -31,6 +31,7 @@ BENCHMARKS = {
     "dense": "our kernels on long sequences, head_dim by head_dim, against the best of torch's",
     "dispatch": "what exact attention chooses there, against torch's choice",
     "forward": "whole denoisers at real sizes",
+    "memory": "what feature slicing saves and costs",
     "host_time": "host time that a call costs more",
     "prologue": "norm, rotation and quantisation in one pass before attention, against diffusers' own operations",
     "quality_tiny": "what quantised attention costs on the trained model",
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "profile_truth": "the profiler's shares and FLOPs against costs that are known",
     "profiles": "where the time of the video models goes, a profile of each",
     "suite": "seconds of make test and make demo",
+    "streaming": "a million tokens in 8 GiB: copies, memory and errors",
     "temporal": "temporal attention against the best of torch's kernels and against a copy",
     "warmup": "what the first generation takes longer",
 }

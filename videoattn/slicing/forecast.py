@@ -7,18 +7,24 @@ as every fused kernel does.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from videoattn.profiling.alive import Alive
 from videoattn.slicing.install import SlicedForward
+
+
+@functools.cache
+def _aliases(operator: torch._ops.OpOverload) -> bool:
+    """Whether what it returns is memory that it was given: views, and what is done in place."""
+    return any(each.alias_info is not None for each in operator._schema.returns)
 
 
 class _Memory(TorchDispatchMode):
@@ -26,24 +32,32 @@ class _Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = Alive()
+        self.bytes = self.peak = 0
         self.windows: list[list[int]] = []
-
-    @property
-    def peak(self) -> int:
-        return self.alive.peak
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.alive.see((args, kwargs), out, "")
-        for window in self.windows:
-            window[0] = max(window[0], self.alive.bytes)
+        if not _aliases(func):
+            for made in (out,) if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else ():
+                if isinstance(made, Tensor):
+                    self._made(made.untyped_storage())
         return out
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.bytes += size
+        weakref.finalize(storage, self._gone, size).atexit = False
+        self.peak = max(self.peak, self.bytes)
+        for window in self.windows:
+            window[0] = max(window[0], self.bytes)
+
+    def _gone(self, size: int) -> None:
+        self.bytes -= size
 
     @contextmanager
     def window(self):
         """Yields a list whose one element is the most that was alive within."""
-        opened = [self.alive.bytes]
+        opened = [self.bytes]
         self.windows.append(opened)
         try:
             yield opened
@@ -89,7 +103,7 @@ def peak(call: Callable[[], object], sites: Iterable[SlicedForward] = ()) -> tup
         most[name] = max(most[name], opened[0])
 
     for site in sites:
-        site.around = partial(window, site.name)
+        site.around = functools.partial(window, site.name)
     with OnMeta(), memory:
         call()
     return memory.peak, dict(most)

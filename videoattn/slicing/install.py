@@ -38,7 +38,7 @@ class SlicedForward:
     @property
     def own(self) -> types.MethodType:
         """What the module's class does."""
-        return types.MethodType(type(self.module).forward, self.module)
+        return types.MethodType(getattr(type(self.module), self.kind.method), self.module)
 
     @property
     def cut(self) -> bool:
@@ -46,23 +46,26 @@ class SlicedForward:
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():  # a compiler plans the memory of its graph itself
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return getattr(type(self.module), self.kind.method)(self.module, *args, **kwargs)
         with self.around():
             if not self.cut:
                 return self.own(*args, **kwargs)
             return self.kind.forward(self.module, self.groups, *args, **kwargs)
 
     def install(self) -> None:
-        _replace(self.module, self)
+        if self.kind.method == "forward":
+            _replace(self.module, self)
+        else:  # no hook stands around it
+            setattr(self.module, self.kind.method, self)
         self.active = True
 
     def remove(self) -> None:
         """Nothing of it is left, but where a wrapper that is not known holds it: there it passes on."""
         self.active = False
-        module = self.module
-        if module.__dict__.get("forward") is self:
-            del module.forward
-        else:
+        module, method = self.module, self.kind.method
+        if module.__dict__.get(method) is self:
+            delattr(module, method)
+        elif method == "forward":
             _replace(module, self.own, instead_of=self)
 
 

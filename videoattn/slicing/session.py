@@ -20,7 +20,7 @@ from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.registry import Sliced, table
 
 Entry = Literal["forward", "decode"]
-CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class OverBudget(ValueError):

@@ -1,0 +1,245 @@
+"""What feature slicing saves and costs, at real sizes with random weights.
+
+denoiser    what one call makes above its weights: as diffusers runs it, with diffusers' own switches, and sliced, with the
+            times of all; fast attention is on where slices are and where they are not ("unsliced")
+generation  the peak of a whole generation of few steps, weights and VAE included
+prediction  what the twin on the meta device foretold against what the device measured, of the denoiser and of the decoder
+
+Peaks are `torch.cuda.max_memory_allocated`; outputs are held against the unsliced ones. Figures go to memory.csv, times to
+slicing_time.csv.
+
+    python -m videoattn.benchmarks.memory                              # some minutes on an H200
+    python -m videoattn.benchmarks.memory --part denoiser --only svd --slices 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import videoattn
+from videoattn.benchmarks import forward, models, results, timing
+from videoattn.slicing import forecast
+from videoattn.slicing.session import Choice, slicing_of
+
+TOLERANCE = 0.05  # rel_l2 of a denoiser's output: at these depths two exact kernels differ by a percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Args: size: height, width, frames. slices: of the denoiser and of the decoder."""
+
+    name: str
+    size: tuple[int, int, int]
+    slices: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {'x'.join(map(str, self.size))}"
+
+
+CASES = (
+    Case(name="animatediff", size=(576, 1024, 16), slices=8),
+    Case(name="svd-xt", size=(576, 1024, 25), slices=10),
+    Case(name="wan-1.3b", size=(480, 832, 81), slices=4),
+)
+CHUNKS = (1, 2, 4)  # of diffusers' forward chunking, along the rows of a feed-forward's input
+
+Figure = dict[str, object]
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call makes above what was there; on a CPU, of what torch's operators make."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        return forward.peak(call, device)
+    return forecast.peak(call)[0]
+
+
+def switched(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The denoiser with diffusers' own switches, where it has any."""
+    if not hasattr(plain, "enable_forward_chunking"):
+        return
+    for chunk in CHUNKS:
+        twin = forward.twin(plain)
+        try:
+            twin.enable_forward_chunking(chunk, 0)
+        except ValueError as refusal:
+            print(f"forward chunking of {chunk}: {refusal}")
+            continue
+        yield f"forward chunking {chunk}", twin
+
+
+def denoiser(
+    case: Case, device: torch.device, seconds: float, overrides: models.Spec | None = None
+) -> tuple[list[Figure], timing.Comparison]:
+    """Figures of one call, and the time of the sliced one over the unsliced."""
+    plain = models.denoiser(case.name, device=device, overrides=overrides)
+    unsliced = videoattn.enable_fast_attention(forward.twin(plain), "exact")
+    sliced = videoattn.enable_fast_attention(forward.twin(plain), "exact")
+    videoattn.enable_feature_slicing(sliced, slices=case.slices)
+    others = dict(switched(plain))
+
+    def run(model: nn.Module) -> Callable[..., torch.Tensor]:
+        @torch.no_grad()
+        def call(kwargs: dict[str, object]) -> torch.Tensor:
+            return model(**kwargs)[0]
+
+        return call
+
+    def inputs(seed: int) -> timing.Inputs:
+        return (models.inputs(case.name, *case.size, device=device, overrides=overrides, seed=seed),)
+
+    candidates = {"sliced": sliced, **others}
+    options = {"device": device, "seconds": seconds, "min_rounds": 3, "full_queue": False}
+    compared = timing.compare(
+        run(unsliced),
+        {name: run(model) for name, model in candidates.items()},
+        inputs,
+        forward.check(TOLERANCE),
+        **options,
+    )
+    arguments = inputs(0)
+    peaks = {"plain": plain, "unsliced": unsliced, **candidates}
+    peaks = {name: peak(lambda model=model: run(model)(*arguments), device) for name, model in peaks.items()}
+    figures = [gib(case, f"activations {name}", size) for name, size in peaks.items()]
+    figures.append(figure(case, "activation_ratio", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices"))
+    no_slower = [name for name in others if compared[name].median_ms <= compared["sliced"].median_ms]
+    best = min((peaks[name] for name in no_slower), default=peaks["plain"])
+    unit = "the least of diffusers' switches that take no more time / ours"
+    figures.append(figure(case, "activation_ratio_switches", best / peaks["sliced"], unit))
+    return figures, compared["sliced"]
+
+
+def call_of(pipe: object, case: Case, steps: int) -> Callable[[], object]:
+    """A generation; a picture where the pipeline takes one."""
+    from PIL import Image
+
+    height, width, frames = case.size
+    arguments = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps}
+    if case.name.startswith("svd"):
+        arguments["image"] = Image.new("RGB", (width, height))
+        arguments["decode_chunk_size"] = frames
+    else:
+        arguments["prompt"] = "a cat walks on the grass"
+
+    def call() -> object:
+        generator = torch.Generator(pipe.device.type).manual_seed(0)
+        return pipe(generator=generator, output_type="pt", **arguments).frames
+
+    return call
+
+
+def generation(case: Case, device: torch.device, steps: int) -> Iterator[Figure]:
+    """Peaks with weights, of the plain pipeline and of the sliced one, and how near their videos are."""
+    pipe = models.load(case.name, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_of(pipe, case, steps)
+    peaks, videos = {}, {}
+    weights = sum(
+        x.nbytes for part in pipe.components.values() if isinstance(part, nn.Module) for x in part.parameters()
+    )
+    for name in ("plain", "sliced"):
+        if name == "sliced":
+            videoattn.enable_fast_attention(pipe, "exact")
+            videoattn.enable_feature_slicing(pipe, slices=case.slices)
+        made = []
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        peaks[name] = before + peak(lambda made=made: made.append(call()), device)
+        videos[name] = made.pop()
+        videos[name] = (
+            videos[name] if isinstance(videos[name], torch.Tensor) else torch.stack(list(videos[name]))
+        ).cpu()
+        yield gib(case, f"peak {name}", peaks[name])
+    error = (videos["sliced"].float() - videos["plain"].float()).square().mean()
+    yield figure(case, "psnr_db", float(-10 * error.clamp_min(1e-12).log10()), "dB, sliced against plain")
+    yield figure(case, "peak_ratio", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices")
+    above = {name: size - weights for name, size in peaks.items()}
+    yield figure(case, "activation_ratio", above["plain"] / above["sliced"], "whole generation, above all weights")
+    yield figure(case, "peak_ratio_exact", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices")
+
+
+def prediction(case: Case, device: torch.device, steps: int) -> Iterator[Figure]:
+    """A budget that asks for slices, and what became of it."""
+    pipe = models.load(case.name, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_of(pipe, case, steps)
+    videoattn.enable_feature_slicing(pipe, memory="1 TiB")
+    call()
+    most = max(chosen(pipe), key=lambda choice: choice.total)
+    for share in (1.0, 0.6):
+        videoattn.enable_feature_slicing(pipe, memory=int(most.resident + share * most.activations))
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        measured = before + peak(call, device)
+        told = max(choice.total for choice in chosen(pipe))
+        yield gib(case, f"predicted at {share:.0%}", told)
+        yield gib(case, f"measured at {share:.0%}", measured)
+        yield figure(case, "prediction_error", abs(told - measured) / measured, f"of the measured peak, at {share:.0%}")
+
+
+def chosen(pipe: object) -> list[Choice]:
+    """What was chosen for the calls of the last generation."""
+    found = (getattr(pipe, name, None) for name in ("transformer", "unet", "vae"))
+    slicings = [slicing_of(model) for model in found if model is not None]
+    return [slicing.choice for slicing in slicings if slicing is not None and slicing.choice is not None]
+
+
+def gib(case: Case, metric: str, size: int) -> Figure:
+    return figure(case, metric, size / 2**30, "GiB")
+
+
+def figure(case: Case, metric: str, value: float, unit: str) -> Figure:
+    return {"case": str(case), "metric": metric, "value": value, "unit": unit}
+
+
+PARTS = ("denoiser", "generation", "prediction")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    results.add_arguments(parser)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of the timing of a case")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--part", choices=PARTS, help="one of them (default: all)")
+    parser.add_argument("--slices", type=int, help="instead of a case's own")
+    parser.add_argument("--steps", type=int, default=2, help="of a generation")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    env, device, failed = results.environment(args.commit), torch.device(args.device), []
+    cases = [case for case in CASES if args.only in str(case)]
+    if not cases:
+        raise ValueError(f"--only {args.only!r}: wanted a part of one of {[*map(str, CASES)]}")
+    for case in cases:
+        if args.slices is not None:
+            case = Case(name=case.name, size=case.size, slices=args.slices)
+        for part in PARTS if args.part is None else (args.part,):
+            try:
+                if part == "denoiser":
+                    figures, compared = denoiser(case, device, args.seconds)
+                    told = {"shape": f"{case.slices} slices", "dtype": models.spec(case.name)["dtype"]}
+                    row = results.timing(compared, case=str(case), kernel="sliced", baseline="unsliced", **told)
+                    results.append("slicing_time", [row], env, args.results)
+                    print(f"{case}: {compared}", flush=True)
+                else:
+                    measure = generation if part == "generation" else prediction
+                    figures = list(measure(case, device, args.steps))
+            except (timing.WrongOutput, torch.OutOfMemoryError, ValueError) as error:
+                failed.append(f"{case} {part}: {error}")
+                continue
+            results.append_figures("memory", figures, env, args.results)
+            for each in figures:
+                print(f"{each['case']:24s} {each['metric']:34s} {each['value']:.4g} {each['unit']}", flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    print("\n".join(f"FAILED {line}" for line in failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
