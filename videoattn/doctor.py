@@ -127,7 +127,12 @@ def _device() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
-        yield Check(name=f"GPU {index}", found=found + f"{properties.major}.{properties.minor}")
+        found += f"{properties.major}.{properties.minor}"
+        if torch.version.hip is None and properties.major < 8:  # 64 KiB of shared memory; Triton serves them no more
+            why = "our kernels need compute capability 8.0: torch's attention runs, and every preset computes exactly"
+            yield Check(name=f"GPU {index}", found=found, state="note", why=why)
+            continue
+        yield Check(name=f"GPU {index}", found=found)
     yield Check(name="driver", found=nvidia_driver() or "unknown: no nvidia-smi")
     if torch.version.hip:
         yield Check(
