@@ -64,6 +64,7 @@ class Groups:
     def __init__(self, *names: str) -> None:
         self.counts = dict.fromkeys(names, 1)
         self.sizes: dict[str, int] = {}  # rows of each, as last run
+        self.gives = self.takes = None  # a handover.Handover to the next module, or from the one before
 
     def run(self, name: str, part: Part, size: int, *, dim: int = 0, out: Tensor | None = None) -> Tensor:
         """`sliced`, by the count of the group `name`."""

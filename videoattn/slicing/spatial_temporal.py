@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -169,13 +169,22 @@ class Take:
         return value
 
 
-def join(module: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-    """What a layer of an up block starts from: some frames of x and of the skip tensor, as FreeU (Si et al., 2023) scales
-    them where it is enabled."""
+def joined(module: nn.Module, groups: Groups, given: Given) -> Iterator[Callable[[Tensor, Take], Tensor]]:
+    """Of each layer of an up block what makes some frames of its input: x beside its skip tensor, both as FreeU (Si et al.,
+    2023) scales them where it is enabled; in front of the first layer also what the block before has left to this one."""
     scales = {name: getattr(module, name, None) for name in ("s1", "s2", "b1", "b2")}
-    if all(scales.values()):
-        x, skip = apply_freeu(module.resolution_idx, x.clone(), skip, **scales)  # it writes to x
-    return torch.cat([x, skip], dim=1)
+    arriving = None if groups.takes is None else given["hidden_states"]
+
+    def join(x: Tensor, take: Take, *, skip: Tensor, first: bool) -> Tensor:
+        if first and arriving is not None:
+            x = groups.takes.upsampled(arriving, x)
+        skip = take(skip)
+        if all(scales.values()):
+            x, skip = apply_freeu(module.resolution_idx, x.clone(), skip, **scales)  # it writes to x
+        return torch.cat([x, skip], dim=1)
+
+    for index, skip in enumerate(reversed(given["res_hidden_states_tuple"])):
+        yield functools.partial(join, skip=skip, first=index == 0)
 
 
 def downsample(module: nn.Module, features: Features) -> None:
@@ -184,12 +193,21 @@ def downsample(module: nn.Module, features: Features) -> None:
 
 
 def upsample(module: nn.Module, features: Features, size: Any) -> None:
-    for upsampler in module.upsamplers or ():
+    """To (height, width), or twice the size; or not yet, where the next block does it."""
+    if module.upsamplers is None or (
+        features.groups.gives is not None and features.groups.gives.leave(features.x, size)
+    ):
+        return
+    for upsampler in module.upsamplers:
         features.spatial(lambda x, take, run=upsampler: run(hidden_states=x, output_size=size), resized=True)
 
 
 def mix_frames(
-    module: nn.Module, features: Features, text: Tensor | None = None, kwargs: dict[str, Any] | None = None, **labels: Any
+    module: nn.Module,
+    features: Features,
+    text: Tensor | None = None,
+    kwargs: dict[str, Any] | None = None,
+    **labels: Any,
 ) -> None:
     """A transformer over the frames of each place, in the place of its input: GroupNorm over (C/G, T, H, W), projection,
     blocks on [B n, T, C], projection, residual.

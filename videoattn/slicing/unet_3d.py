@@ -22,7 +22,7 @@ from videoattn.slicing.spatial_temporal import (
     Take,
     downsample,
     forward,
-    join,
+    joined,
     mix_frames,
     mixing,
     not_of,
@@ -50,11 +50,8 @@ def _down(module: nn.Module, groups: Groups, given: Given) -> tuple[Tensor, tupl
 def _up(module: nn.Module, groups: Groups, given: Given) -> Tensor:
     """[N, C, H, W] -> the same, or twice the size."""
     features = Features(groups, given["hidden_states"], given["num_frames"])
-    skips = given["res_hidden_states_tuple"]
-    for index, resnet in enumerate(module.resnets):
-        skip = skips[-1 - index]
-        start_of = lambda x, take, skip=skip: join(module, x, take(skip))
-        _residual(resnet, module.temp_convs[index], features, given, start_of)
+    for index, (resnet, join) in enumerate(zip(module.resnets, joined(module, groups, given), strict=False)):
+        _residual(resnet, module.temp_convs[index], features, given, join)
         if hasattr(module, "attentions"):
             _attend(module.attentions[index], module.temp_attentions[index], features, given)
     upsample(module, features, given["upsample_size"])

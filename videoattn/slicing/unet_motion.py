@@ -19,7 +19,7 @@ from videoattn.slicing.spatial_temporal import (
     Take,
     downsample,
     forward,
-    join,
+    joined,
     mix_frames,
     mixing,
     not_of,
@@ -51,11 +51,8 @@ def _down(module: nn.Module, groups: Groups, given: Given) -> tuple[Tensor, tupl
 def _up(module: nn.Module, groups: Groups, given: Given) -> Tensor:
     """[N, C, H, W] -> the same, or twice the size."""
     features = Features(groups, given["hidden_states"], given["num_frames"])
-    skips = given["res_hidden_states_tuple"]
-    for index, motion in enumerate(module.motion_modules):
-        skip = skips[-1 - index]
-        layer = _layer(module, index, given)
-        features.spatial(_in_turn(lambda x, take, skip=skip: join(module, x, take(skip)), *layer))
+    for index, (motion, join) in enumerate(zip(module.motion_modules, joined(module, groups, given), strict=False)):
+        features.spatial(_in_turn(join, *_layer(module, index, given)))
         _move(motion, features)
     upsample(module, features, given["upsample_size"])
     return features.x
@@ -70,6 +67,19 @@ def _middle(module: nn.Module, groups: Groups, given: Given) -> Tensor:
         _move(motion, features)
         operators = [_residual(resnet, given)]
     features.spatial(_in_turn(*operators))
+    return features.x
+
+
+def _middle_of_images(module: nn.Module, groups: Groups, given: Given) -> Tensor:
+    """The middle where the motion adapter has none: the image model's, which knows nothing of time."""
+    x = given["hidden_states"]
+
+    def run(x: Tensor, take: Take) -> Tensor:
+        rest = {name: take(value) for name, value in given.items() if name not in ("self", "hidden_states")}
+        return type(module).forward(module, x, **rest)
+
+    features = Features(groups, x, frames=1)
+    features.spatial(run)
     return features.x
 
 
@@ -122,5 +132,6 @@ FORWARDS = {
     "UpBlockMotion": Sliced(forward=forward(_up), **_BLOCK),
     "CrossAttnUpBlockMotion": Sliced(forward=forward(_up), **_BLOCK),
     "UNetMidBlockCrossAttnMotion": Sliced(forward=forward(_middle), **_BLOCK),
+    "UNetMidBlock2DCrossAttn": Sliced(groups=("spatial",), forward=forward(_middle_of_images)),
     "AnimateDiffTransformer3D": Sliced(groups=("temporal",), forward=forward(mixing)),
 }

@@ -27,7 +27,7 @@ from videoattn.slicing.spatial_temporal import (
     downsample,
     forward,
     hooked,
-    join,
+    joined,
     not_of,
     upsample,
 )
@@ -53,10 +53,8 @@ def _down(module: nn.Module, groups: Groups, given: Given) -> tuple[Tensor, tupl
 def _up(module: nn.Module, groups: Groups, given: Given) -> Tensor:
     """[N, C, H, W] -> the same, or twice the size."""
     features = _features(groups, given)
-    skips = given["res_hidden_states_tuple"]
-    for index, resnet in enumerate(module.resnets):
-        skip = skips[-1 - index]
-        _residual(resnet, features, given, lambda x, take, skip=skip: join(module, x, take(skip)))
+    for index, (resnet, join) in enumerate(zip(module.resnets, joined(module, groups, given), strict=False)):
+        _residual(resnet, features, given, join)
         if hasattr(module, "attentions"):
             _attend(module.attentions[index], features, given)
     upsample(module, features, given["upsample_size"])
