@@ -130,9 +130,7 @@ def runs(steps: int, dense_steps: float) -> dict[str, Run]:
     fast = replace(PRESETS["fast"], dense_steps=dense_steps, min_steps=0, min_tokens=0)
     made[FAST] = Run(policy=fast, backends=BACKENDS, steps=steps)
     for each in DENSE_STEPS:
-        made[f"{FAST}{DENSER}: {each}"] = Run(
-            policy=replace(fast, dense_steps=each), backends=BACKENDS, steps=steps
-        )
+        made[f"{FAST}{DENSER}: {each}"] = Run(policy=replace(fast, dense_steps=each), backends=BACKENDS, steps=steps)
     in_16_bits = replace(fast.decision, precision="exact")
     add(FAST_IN_16_BITS, in_16_bits)
     other = replace(in_16_bits, remainder=not in_16_bits.remainder)
@@ -201,7 +199,9 @@ def over_random(points: Points, with_remainder: Collection[str]) -> list[dict[st
     figures = []
     for case, of in points.items():
         control = None
-        if "density" in of and not case.startswith("random") and DENSER not in case:  # random blocks keep the usual ones
+        if (
+            "density" in of and not case.startswith("random") and DENSER not in case
+        ):  # random blocks keep the usual ones
             control = random_at(points, of["density"], remainder=case in with_remainder)
         if control is not None:
             over = of["psnr_mean_db"] - control

@@ -74,7 +74,7 @@ def twin(model: nn.Module) -> nn.Module:
     if not hasattr(model, "config") or not hasattr(type(model), "from_config"):
         raise TypeError(f"memory: wanted a model of diffusers, with a config, got {type(model).__name__}")
     with torch.device("meta"):
-        made = type(model).from_config(model.config)
+        made = type(model).from_config(model.config).to("meta")  # buffers that are made of NumPy's arrays too
     dtypes = {name: x.dtype for name, x in model.named_parameters()} | {
         name: x.dtype for name, x in model.named_buffers()
     }

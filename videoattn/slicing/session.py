@@ -20,11 +20,16 @@ from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.registry import Sliced, table
 
 Entry = Literal["forward", "decode"]
+WORTH = 0.97  # of the activations at most, or more slices are not tried
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class OverBudget(ValueError):
-    """No choice of slices meets the budget."""
+    """No choice of slices keeps the budget; `least`: bytes that one takes, the best of them."""
+
+    def __init__(self, message: str, least: int) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +139,8 @@ class Slicing:
             for name in over:
                 sites[name].groups.counts = dict.fromkeys(sites[name].groups.counts, count)
             peak, most = forecast.peak(lambda: call(*args, **kwargs), sites.values())
+            if found is not None and peak > WORTH * found.activations and count > 2:
+                break  # what is left is not in slices
             if found is None or peak < found.activations:
                 counts = {name: dict(site.groups.counts) for name, site in sites.items()}
                 found = Choice(counts=counts, activations=peak, resident=resident)
@@ -144,7 +151,8 @@ class Slicing:
                 break
         raise OverBudget(
             f"memory: wanted at most {shown(self.budget)}, and {type(self.model).__name__}.{self.entry} at this size needs "
-            f"{shown(found.total)}: {shown(resident)} that lie there already, and {shown(found.activations)} that it makes"
+            f"{shown(found.total)}: {shown(resident)} that lie there already, and {shown(found.activations)} that it makes",
+            found.total,
         )
 
     def notes(self) -> Iterator[str]:

@@ -1,0 +1,94 @@
+"""Whole tiny pipelines, denoiser and VAE, sliced as a user slices them: the same videos."""
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES, build, run
+
+import videoattn
+from videoattn.slicing import session
+from videoattn.slicing.session import OverBudget, slicing_of
+
+SLICED = (
+    "animatediff",
+    "svd",
+    "text_to_video_sd",
+    "i2vgen_xl",
+    "wan",
+    "wan22",
+    "cogvideox_rope",
+    "ltx",
+    "hunyuan_video",
+)
+WITH_VAE = ("animatediff", "svd", "text_to_video_sd", "wan")
+
+
+def close(made, expected):
+    """Within what fp32 sums in another order leave, of the greatest value."""
+    assert (made - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def video(name, pipe, **options):
+    return run(name, pipe, output_type="pt", **options)
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_the_same_latents(name):
+    pipe = build(name)
+    expected = run(name, pipe, batch=2)
+    for slices in (2, 1000):
+        videoattn.enable_feature_slicing(pipe, slices=slices)
+        close(run(name, pipe, batch=2), expected)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    sizes = {size for site in slicing_of(denoiser).sites for size in site.groups.sizes.values()}
+    assert max(sizes) > 1  # something ran in slices
+    videoattn.disable(pipe)
+    assert torch.equal(run(name, pipe, batch=2), expected)
+
+
+@pytest.mark.parametrize("name", WITH_VAE)
+def test_the_same_video(name):
+    pipe = build(name)
+    expected = video(name, pipe)
+    videoattn.enable_fast_attention(pipe, "exact")
+    videoattn.enable_feature_slicing(pipe, slices=3)
+    close(video(name, pipe), expected)
+    assert any(site.groups.sizes for site in slicing_of(pipe.vae).sites)
+    videoattn.disable(pipe)
+    assert "decode" not in vars(pipe.vae)
+    assert torch.equal(video(name, pipe), expected)
+
+
+@pytest.mark.parametrize("name", WITH_VAE)
+@pytest.mark.parametrize("part", ["denoiser", "vae"])
+def test_a_budget_cuts_a_part_and_is_kept(name, part, monkeypatch):
+    """Half way from what it takes whole to the least that it can do with."""
+    monkeypatch.setattr(session, "CANDIDATES", (1, 2, 4))  # forecasts of many slices take their time
+    pipe = build(name)
+    videoattn.enable_feature_slicing(pipe, memory="1TiB")
+    expected = video(name, pipe)
+    slicing = slicing_of(pipe.vae if part == "vae" else getattr(pipe, "unet", None) or pipe.transformer)
+    whole = slicing.choice
+    slicing.budget, slicing.choices = whole.resident, {}
+    with pytest.raises(OverBudget) as over:
+        video(name, pipe)
+    slicing.budget = (over.value.least + whole.total) // 2
+    close(video(name, pipe), expected)
+    assert slicing.choice.total <= slicing.budget < whole.total
+    assert max(count for groups in slicing.choice.counts.values() for count in groups.values()) > 1
+
+
+def test_a_decoder_over_budget_is_told_before_the_first_step():
+    pipe = build("animatediff")
+    videoattn.enable_feature_slicing(pipe, memory="1TiB")
+    video("animatediff", pipe)
+    decode = slicing_of(pipe.vae)
+    decode.budget, decode.choices = decode.choice.resident + 10, {}
+    slicing_of(pipe.unet).choices.clear()
+    steps = []
+    with pytest.raises(ValueError, match="AutoencoderKL.decode at this size needs"):
+        video("animatediff", pipe, callback_on_step_end=lambda pipe, step, t, kwargs: steps.append(step) or {})
+    assert steps == []
+
+
+def test_every_name_is_of_a_pipeline():
+    assert set(SLICED) | set(WITH_VAE) <= set(PIPELINES)
