@@ -96,6 +96,7 @@ class _Parameters(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.group_norm:
             return func(*args, **(kwargs or {}))
-        _, _, *parameters = args
-        self.found = tuple(None if parameter is None else parameter.detach() for parameter in parameters[:2])
-        return args[0]
+        given = dict(zip(("input", "num_groups", "weight", "bias"), args, strict=False)) | (kwargs or {})
+        parameters = given.get("weight"), given.get("bias")
+        self.found = tuple(None if parameter is None else parameter.detach() for parameter in parameters)
+        return given["input"]

@@ -18,6 +18,7 @@ FAMILIES = (
     "videoattn.slicing.unet_spatio_temporal",
     "videoattn.slicing.unet_3d",
     "videoattn.slicing.decoders",
+    "videoattn.slicing.decoder_wan",
     "videoattn.slicing.tokens",
 )
 
@@ -31,11 +32,13 @@ class Sliced:
         forward: (module, groups: slices.Groups, *args, **kwargs) -> what the module's own forward returns for the same
             arguments, equal to rounding.
         refuses: (module) -> why this one cannot, or None.
+        method: what is replaced where it is not `forward`; hooks do not stand around it.
     """
 
     groups: tuple[str, ...]
     forward: Callable[..., object]
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    method: str = "forward"
 
 
 @functools.cache
