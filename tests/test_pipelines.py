@@ -136,7 +136,7 @@ def test_kinds_and_grids_are_as_the_shapes_say(tiny, monkeypatch):
     calls, grids = set(), set()
     attend, tick = Runner.__call__, Clock.tick
 
-    def record(self, q, k, v, mask=None, kv_len=None, scale=None, layout="BNHD", causal=False):
+    def record(self, q, k, v, mask=None, kv_len=None, scale=None, layout="BNHD", causal=False, place=None):
         calls.add((self.kind, q.shape[layout.index("N")], k.shape[layout.index("N")]))
         return attend(self, q, k, v, mask, kv_len, scale, layout, causal)
 
