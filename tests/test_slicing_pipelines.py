@@ -90,5 +90,20 @@ def test_a_decoder_over_budget_is_told_before_the_first_step():
     assert steps == []
 
 
+def test_tiles_are_off_unless_asked_for_and_off_again_afterwards():
+    """They change the video, which the report says."""
+    pipe = build("animatediff")
+    expected = video("animatediff", pipe, height=64, width=64)
+    videoattn.enable_feature_slicing(pipe, slices=2)
+    assert not pipe.vae.use_tiling
+    videoattn.enable_feature_slicing(pipe, slices=2, vae_tiling=True)
+    assert pipe.vae.use_tiling and "this changes the video" in str(videoattn.report(pipe))
+    videoattn.disable(pipe)
+    assert not pipe.vae.use_tiling
+    assert torch.equal(video("animatediff", pipe, height=64, width=64), expected)
+    with pytest.raises(ValueError, match="vae_tiling: wanted a pipeline with a VAE that decodes in tiles"):
+        videoattn.enable_feature_slicing(pipe.unet, slices=2, vae_tiling=True)
+
+
 def test_every_name_is_of_a_pipeline():
     assert set(SLICED) | set(WITH_VAE) <= set(PIPELINES)

@@ -65,7 +65,12 @@ def disable_fast_attention(pipe: Pipe) -> Pipe:
 
 
 def enable_feature_slicing(
-    pipe: Pipe, *, memory: int | str | None = None, slices: int | None = None, vae: bool = True
+    pipe: Pipe,
+    *,
+    memory: int | str | None = None,
+    slices: int | None = None,
+    vae: bool = True,
+    vae_tiling: bool = False,
 ) -> Pipe:
     """Run a pipeline's denoisers, and its VAE's decoder, slice by slice: the same videos in less memory. In place; calling
     again replaces.
@@ -76,6 +81,8 @@ def enable_feature_slicing(
             are chosen for each size of video, before its first step.
         slices: instead: into how many slices every group of operators is cut.
         vae: whether the decoder is sliced too.
+        vae_tiling: whether it also decodes in tiles, by its own switch, until disabled. This changes the videos; nothing else
+            here does.
 
     Returns:
         `pipe` itself.
@@ -95,7 +102,10 @@ def enable_feature_slicing(
     if slices is not None and slices < 1:
         raise ValueError(f"slices: wanted 1 or more, got {slices}")
     options = {"slices": slices, "budget": None if memory is None else budget.parse(memory)}
-    made = [Slicing(model, entry, **options) for model, entry in _sliced_models(pipe, vae=vae)]
+    found = list(_sliced_models(pipe, vae=vae))
+    if vae_tiling and not any(entry == "decode" and hasattr(model, "use_tiling") for model, entry in found):
+        raise ValueError(f"vae_tiling: wanted a pipeline with a VAE that decodes in tiles, got {_name(pipe)}")
+    made = [Slicing(model, entry, tiling=vae_tiling and entry == "decode", **options) for model, entry in found]
     for slicing in made:
         previous = slicing_of(slicing.model)
         if previous is not None:

@@ -81,6 +81,9 @@ def twin(model: nn.Module) -> nn.Module:
     usual = next(model.parameters()).dtype
     for name, x in [*made.named_parameters(), *made.named_buffers()]:
         x.data = torch.empty(x.shape, dtype=dtypes.get(name, usual), device="meta")
+    for name, value in vars(model).items():  # switches that were set since: tiling
+        if isinstance(value, bool | int | float) and hasattr(made, name):
+            setattr(made, name, value)
     return made.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from videoattn.slicing import forecast
 from videoattn.slicing.budget import shown
+from videoattn.slicing.decoder_switches import tile
 from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.registry import Sliced, table
 
@@ -59,18 +60,27 @@ class Slicing:
         entry: what a pipeline calls of it: "forward", or "decode".
         slices: of every group; or None, and
         budget: bytes on the device that a call must not pass.
+        tiling: of a VAE, whether to switch on the host's own tiling, which changes videos.
 
     Raises:
         ValueError: nothing in it can be sliced.
     """
 
     def __init__(
-        self, model: nn.Module, entry: Entry = "forward", *, slices: int | None = None, budget: int | None = None
+        self,
+        model: nn.Module,
+        entry: Entry = "forward",
+        *,
+        slices: int | None = None,
+        budget: int | None = None,
+        tiling: bool = False,
     ) -> None:
         self.model = model
         self.entry = entry
         self.slices = slices
         self.budget = budget
+        self.tiling = tiling
+        self._untile: Callable[[], None] | None = None
         self.refused: list[tuple[str, str]] = []
         self.sites = [SlicedForward(where, module, kind) for where, module, kind in sliceable(model, self.refused)]
         if not self.sites:
@@ -91,12 +101,16 @@ class Slicing:
             self._handle = self.model.register_forward_pre_hook(self, with_kwargs=True)
         else:
             self.model.decode = _Decode(self)
+        if self.tiling:
+            self._untile = tile(self.model)
 
     def detach(self) -> None:
         if self.entry == "forward":
             self._handle.remove()
         else:
             del self.model.decode
+        if self._untile is not None:
+            self._untile()
         for site in self.sites:
             site.remove()
 
@@ -168,6 +182,8 @@ class Slicing:
                 f"{told}; budget {shown(self.budget)}: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of a "
                 f"group, {shown(self.choice.total)} predicted, of which {shown(self.choice.resident)} lay there before"
             )
+        if self.tiling:
+            yield "decodes in tiles, by the host's own switch: this changes the video"
         for name, reason in self.refused:
             yield f"{name} stays whole: {reason}"
         if any(module._compiled_call_impl is not None for module in self.model.modules()):
