@@ -96,12 +96,17 @@ class Features:
         """By what a module made, which may be keeping it."""
         self.x, self._own = x, False
 
+    def replace_video(self, video: Tensor) -> None:
+        """By [B, C, T, P]."""
+        self.replace(video.transpose(1, 2).flatten(0, 1).unflatten(2, self.x.shape[2:]))
+
     def video(self) -> Tensor:
         """x as [B, C, T, P]."""
         return _video(self.x, self.frames)
 
     def across_time(self, module: nn.Module) -> bool:
         """Whether a temporal module is to be taken apart."""
+        self.groups.sizes["temporal"] = self.places
         return self.groups.counts["temporal"] > 1 and not hooked(module)
 
     def statistics(self, norm: nn.GroupNorm) -> Statistics:
@@ -127,13 +132,10 @@ class Features:
 
     def temporal(self, part: Callable[[int, int], Tensor]) -> None:
         """A group on places: (start, stop) -> [B, C, T, n], which may depend on x at these places and no others."""
-        count, height = self.groups.counts["temporal"], self.x.shape[2]
-        out = None
-        if count > 1:
-            out = _video(self.x if self._own else torch.empty_like(self.x), self.frames)
-        made = self.groups.run("temporal", part, self.places, dim=3, out=out)
-        self.x = made.transpose(1, 2).flatten(0, 1).unflatten(2, (height, -1))
-        self._own = count > 1
+        cut = self.groups.counts["temporal"] > 1
+        out = _video(self.x if self._own else torch.empty_like(self.x), self.frames) if cut else None
+        self.replace_video(self.groups.run("temporal", part, self.places, dim=3, out=out))
+        self._own = cut
 
 
 class Take:

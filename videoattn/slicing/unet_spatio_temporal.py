@@ -90,19 +90,16 @@ def _residual(
     features.spatial(lambda x, take: block.spatial_res_block(start_of(x, take), take(temb)))
     if temb is not None:
         temb = temb.reshape(features.videos, features.frames, -1)
-    video = features.video()[..., None]
-    if features.across_time(block.temporal_res_block):
-        made = _temporal_residual(block.temporal_res_block, features, temb)
+    video, temporal = features.video()[..., None], block.temporal_res_block
+
+    def blended(x: Tensor, mixed: Tensor) -> Tensor:
+        return block.time_mixer(x_spatial=x, x_temporal=mixed, image_only_indicator=images).squeeze(-1)
+
+    if features.across_time(temporal):
+        made = _temporal_residual(temporal, features, temb)
+        features.temporal(lambda start, stop: blended(video[..., start:stop, :], made(start, stop)))
     else:
-        made = lambda start, stop: block.temporal_res_block(video, temb)
-
-    def part(start: int, stop: int) -> Tensor:
-        y = block.time_mixer(
-            x_spatial=video[..., start:stop, :], x_temporal=made(start, stop), image_only_indicator=images
-        )
-        return y.squeeze(-1)
-
-    features.temporal(part)
+        features.replace_video(blended(video, temporal(video, temb)))
 
 
 def _temporal_residual(
