@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from videoattn.slicing import forecast
 from videoattn.slicing.budget import shown
 from videoattn.slicing.decoder_switches import tile
+from videoattn.slicing.handover import connect
 from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.registry import Sliced, table
 
@@ -88,6 +89,7 @@ class Slicing:
             raise ValueError(
                 f"slicing: wanted a model with parts that can be sliced, got {type(model).__name__}: {reasons}"
             )
+        connect(self.sites)
         self.choices: dict[tuple, Choice] = {}
         self.choice: Choice | None = None  # of the call that runs, or ran last
         self.then: Callable[[tuple, dict], None] | None = None  # looks at what the same generation will call later
@@ -143,6 +145,7 @@ class Slicing:
         """
         twin = forecast.twin(self.model)
         sites = {where: SlicedForward(where, module, kind) for where, module, kind in sliceable(twin, [])}
+        connect(sites.values())
         for site in sites.values():
             site.install()
         args, kwargs = forecast.on_meta((args, kwargs))
