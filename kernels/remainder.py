@@ -47,14 +47,14 @@ LIST_STRIDES = tuple(f"keep_s{axis}" for axis in "bhqk")
 
 @functools.cache
 def config(head_dim: int, itemsize: int, capability: int) -> dict[str, int]:
-    """Tile sizes and warps: on Hopper what was measured fastest with Triton 3.6, elsewhere the largest that compile and spill
-    no more than a few bytes. M divides every block of queries."""
+    """Tile sizes and warps: on Hopper what was measured fastest with Triton 3.6 of what does not spill, elsewhere the largest
+    that compile and spill no more than a few bytes. M divides every block of queries."""
     if itemsize == 4:
         m, group, warps = 32 if head_dim <= 64 else 16, 16, 4
     else:
         m, group, warps = 64, 32 if head_dim <= 128 else 16, 4 if head_dim <= 160 else 8
         if capability == 90 and head_dim <= 128:
-            return {"M": m, "G": 64, "num_warps": warps, "num_stages": 1}
+            return {"M": m, "G": 64, "num_warps": warps, "num_stages": 1 if head_dim <= 64 else 2}
     return {"M": m, "G": group, "num_warps": warps, "num_stages": 2}
 
 
