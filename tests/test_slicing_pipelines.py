@@ -90,6 +90,15 @@ def test_a_decoder_over_budget_is_told_before_the_first_step():
     assert steps == []
 
 
+@pytest.mark.parametrize("name", ["mochi", "hunyuan_video15"])
+def test_a_model_that_needs_values_takes_no_budget(name):
+    pipe = videoattn.enable_feature_slicing(build(name), memory="1TiB")
+    with pytest.raises(
+        ValueError, match="memory: .* does not run on the meta device, .* a number of slices goes without"
+    ):
+        run(name, pipe)
+
+
 def test_tiles_are_off_unless_asked_for_and_off_again_afterwards():
     """They change the video, which the report says."""
     pipe = build("animatediff")

@@ -89,8 +89,8 @@ def enable_feature_slicing(
 
     Raises:
         TypeError, ValueError: neither or both of `memory` and `slices`, or no such number; nothing that can be sliced.
-            Nothing has been changed then. A budget that a size of video cannot keep raises OverBudget, a ValueError, when a
-            generation of that size begins.
+            Nothing has been changed then. When a generation of a size begins, a budget that it cannot keep raises OverBudget, a
+            ValueError, and so does a model whose memory cannot be foretold.
     """
     from videoattn.slicing import budget, decoding
     from videoattn.slicing.session import Slicing, slicing_of

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from videoattn.pipelines.processor import FastProcessor
 from videoattn.prologue import Prologue, Rope, Stream, split_heads
+from videoattn.slicing.whole import hooked
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q [B, n, H, D], k, v [B, N, H, D], mask or None) -> out [B, n, H, D]."""
@@ -73,13 +74,6 @@ class Run:
 
     def slices(self, ranges: Ranges) -> Iterable[tuple[int, int]]:
         return ((0, self.size),) if self.few else ranges(self.size)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's forward: something that may remember what it saw last, such as
-    the caches of diffusers, must see all tokens in one call."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return "forward" in vars(module) or not all(getattr(hook, "observes", False) for hook in hooks)
 
 
 def known(attn: nn.Module, processors: Mapping[type, type[FastProcessor]], *, lengths: bool = False) -> Way | None:

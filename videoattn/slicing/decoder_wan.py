@@ -25,10 +25,10 @@ from diffusers.models.autoencoders import autoencoder_kl_wan as host
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from videoattn.slicing.decoders import needs_host
 from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.registry import Sliced
 from videoattn.slicing.slices import Groups, ranges
+from videoattn.slicing.whole import needs_host
 
 LEAST = 8  # rows of latents in a band: with fewer, most of what a band computes is its neighbours'
 SETTLED = 3  # latent frames: the first finds nothing kept, the next no frame to interpolate from

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import SpatioTemporalResBlock
@@ -28,16 +27,10 @@ from torch import Tensor, nn
 from videoattn.slicing.norm import Statistics, statistics
 from videoattn.slicing.registry import Sliced
 from videoattn.slicing.slices import Groups, ranges
+from videoattn.slicing.whole import needs_host
 
 Operator = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int]  # C, H, W
-
-
-def needs_host(module: nn.Module, sample: Tensor) -> bool:
-    """Whether a call needs more than values: gradients, which keep every intermediate anyway, or autocast's types."""
-    if torch.is_grad_enabled() and (sample.requires_grad or any(x.requires_grad for x in module.parameters())):
-        return True
-    return sample.device.type != "meta" and torch.is_autocast_enabled(sample.device.type)
 
 
 def _decode_frames(module: Decoder, groups: Groups, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from videoattn.slicing.install import SlicedForward
+from videoattn.slicing.whole import watched
 
 
 class Handover:
@@ -56,7 +57,6 @@ def connect(sites: Iterable[SlicedForward]) -> None:
 def _alone(site: SlicedForward) -> bool:
     """Whether a call of the module is a call of the sliced forward, and nobody else sees what goes in and out."""
     module: nn.Module = site.module
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    if module._compiled_call_impl is not None or not all(getattr(hook, "observes", False) for hook in hooks):
+    if module._compiled_call_impl is not None or watched(module):
         return False
     return vars(module).get("forward") is site and not any(x.requires_grad for x in module.parameters())

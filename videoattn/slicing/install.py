@@ -75,10 +75,8 @@ def _replace(module: nn.Module, forward: object, instead_of: object = None) -> N
     if hasattr(module, "_old_forward"):
         place, name = module, "_old_forward"
     elif references:
-        place = references[0]
-        name = (
-            "forward" if place.original_forward is None else "original_forward"
-        )  # of a hook with a forward of its own
+        place = references[0]  # which keeps two where its hook has a forward of its own
+        name = "forward" if place.original_forward is None else "original_forward"
     elif instead_of is None:
         place, name = module, "forward"
     else:

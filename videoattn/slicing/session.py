@@ -142,6 +142,7 @@ class Slicing:
 
         Raises:
             OverBudget: none do; it names the least that can.
+            ValueError: the model does not run without values.
         """
         twin = forecast.twin(self.model)
         sites = {where: SlicedForward(where, module, kind) for where, module, kind in sliceable(twin, [])}
@@ -155,7 +156,13 @@ class Slicing:
         for count in CANDIDATES:
             for name in over:
                 sites[name].groups.counts = dict.fromkeys(sites[name].groups.counts, count)
-            peak, most = forecast.peak(lambda: call(*args, **kwargs), sites.values())
+            try:
+                peak, most = forecast.peak(lambda: call(*args, **kwargs), sites.values())
+            except RuntimeError as error:  # what torch raises where something needs values
+                raise ValueError(
+                    f"memory: {type(self.model).__name__}.{self.entry} does not run on the meta device, which foretells what "
+                    f"it takes ({' '.join(str(error).split())}); a number of slices goes without that"
+                ) from error
             if found is not None and peak > WORTH * found.activations and count > 2:
                 break  # what is left is not in slices
             if found is None or peak < found.activations:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from videoattn.slicing.norm import Statistics, statistics
 from videoattn.slicing.slices import Groups, ranges
+from videoattn.slicing.whole import hooked, needs_host
 
 Given = dict[str, Any]
 """Arguments of a call by their names."""
@@ -35,7 +36,7 @@ def forward(run: Callable[[nn.Module, Groups, Given], object]) -> Callable[..., 
         bound.apply_defaults()
         given = bound.arguments
         deprecated = given.pop("args", ()) or given.pop("kwargs", {})
-        if deprecated or _needs_host(module, given["hidden_states"]):
+        if deprecated or needs_host(module, given["hidden_states"]):
             return type(module).forward(module, *args, **kwargs)
         return run(module, groups, given)
 
@@ -45,19 +46,6 @@ def forward(run: Callable[[nn.Module, Groups, Given], object]) -> Callable[..., 
 @functools.cache
 def _signature(kind: type) -> inspect.Signature:
     return inspect.signature(kind.forward)
-
-
-def _needs_host(module: nn.Module, x: Tensor) -> bool:
-    """Whether a call needs more than values: gradients, which keep every intermediate anyway, or autocast's types."""
-    if torch.is_grad_enabled() and (x.requires_grad or any(y.requires_grad for y in module.parameters())):
-        return True
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's forward: what hangs on it must see the call, and all of it."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return "forward" in vars(module) or not all(getattr(hook, "observes", False) for hook in hooks)
 
 
 def not_of(kind: type, modules: nn.ModuleList) -> str | None:
@@ -115,7 +103,7 @@ class Features:
         slices = ranges(self.places, self.groups.counts["temporal"])
         return statistics(norm, (video[..., start:stop] for start, stop in slices))
 
-    def spatial(self, part: Callable[[Tensor, Take], Tensor], *, resized: bool = False) -> None:
+    def spatial(self, part: Operator, *, resized: bool = False) -> None:
         """A group on frames.
 
         Args:
@@ -171,7 +159,11 @@ class Take:
         return value
 
 
-def joined(module: nn.Module, groups: Groups, given: Given) -> Iterator[Callable[[Tensor, Take], Tensor]]:
+Operator = Callable[[Tensor, Take], Tensor]
+"""(x [n, C, H, W], the slice's rows of arguments) -> [n, C', H', W']."""
+
+
+def _joined(module: nn.Module, groups: Groups, given: Given) -> Iterator[Operator]:
     """Of each layer of an up block what makes some frames of its input: x beside its skip tensor, both as FreeU (Si et al.,
     2023) scales them where it is enabled; in front of the first layer also what the block before has left to this one."""
     scales = {name: getattr(module, name, None) for name in ("s1", "s2", "b1", "b2")}
@@ -189,12 +181,28 @@ def joined(module: nn.Module, groups: Groups, given: Given) -> Iterator[Callable
         yield functools.partial(join, skip=skip, first=index == 0)
 
 
-def downsample(module: nn.Module, features: Features) -> None:
-    for downsampler in module.downsamplers:
-        features.spatial(lambda x, take, run=downsampler: run(hidden_states=x), resized=True)
+def down(module: nn.Module, features: Features, layer: Callable[[int], None]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A down block: (x, and all that the up blocks take from here). layer: runs the layer of a number on the features."""
+    states = []
+    for index in range(len(module.resnets)):
+        layer(index)
+        states.append(features.kept())
+    if module.downsamplers is not None:
+        for downsampler in module.downsamplers:
+            features.spatial(lambda x, take, run=downsampler: run(hidden_states=x), resized=True)
+        states.append(features.kept())
+    return features.x, tuple(states)
 
 
-def upsample(module: nn.Module, features: Features, size: Any) -> None:
+def up(module: nn.Module, features: Features, given: Given, layer: Callable[[int, Operator], None]) -> Tensor:
+    """An up block: x, or twice its size. layer: runs the layer of a number, whose input the second argument makes."""
+    for index, join in zip(range(len(module.resnets)), _joined(module, features.groups, given), strict=False):
+        layer(index, join)
+    _upsample(module, features, given["upsample_size"])
+    return features.x
+
+
+def _upsample(module: nn.Module, features: Features, size: Any) -> None:
     """To (height, width), or twice the size; or not yet, where the next block does it."""
     if module.upsamplers is None or (
         features.groups.gives is not None and features.groups.gives.leave(features.x, size)

@@ -25,9 +25,10 @@ from videoattn.pipelines import cogvideox, hunyuan_video, hunyuan_video15, ltx, 
 from videoattn.pipelines.processor import project_out
 from videoattn.pipelines.wan import halves
 from videoattn.prologue import Rope
-from videoattn.slicing.attending import ADDED, Run, Way, attending, hooked, known
+from videoattn.slicing.attending import ADDED, Run, Way, attending, known
 from videoattn.slicing.registry import Sliced
 from videoattn.slicing.slices import Groups
+from videoattn.slicing.whole import hooked
 
 WAN_LIKE = {**wan.ADAPTER.processors, SkyReelsV2AttnProcessor: wan.WanProcessor}
 

@@ -6,8 +6,6 @@ Letters: B videos, T frames of each, N = B T, C channels, H rows, W columns; n o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
@@ -16,46 +14,41 @@ from videoattn.slicing.slices import Groups
 from videoattn.slicing.spatial_temporal import (
     Features,
     Given,
+    Operator,
     Take,
-    downsample,
+    down,
     forward,
-    joined,
     mix_frames,
     mixing,
     not_of,
-    upsample,
+    up,
 )
 
 _TO_ATTENTION = ("encoder_hidden_states", "cross_attention_kwargs", "attention_mask", "encoder_attention_mask")
-
-Operator = Callable[[Tensor, Take], Tensor]
-"""(x [n, C, H, W], the slice's rows of arguments) -> [n, C', H, W]."""
 
 
 def _down(module: nn.Module, groups: Groups, given: Given) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(x, and all that the up blocks take from here), of x [N, C, H, W]."""
     features = Features(groups, given["hidden_states"], given["num_frames"])
-    states = []
-    for index, motion in enumerate(module.motion_modules):
+
+    def layer(index: int) -> None:
         features.spatial(_in_turn(*_layer(module, index, given)))
-        _move(motion, features)
+        _move(module.motion_modules[index], features)
         if index == len(module.motion_modules) - 1 and given.get("additional_residuals") is not None:
             features.replace(features.x + given["additional_residuals"])
-        states.append(features.kept())
-    if module.downsamplers is not None:
-        downsample(module, features)
-        states.append(features.kept())
-    return features.x, tuple(states)
+
+    return down(module, features, layer)
 
 
 def _up(module: nn.Module, groups: Groups, given: Given) -> Tensor:
     """[N, C, H, W] -> the same, or twice the size."""
     features = Features(groups, given["hidden_states"], given["num_frames"])
-    for index, (motion, join) in enumerate(zip(module.motion_modules, joined(module, groups, given), strict=False)):
+
+    def layer(index: int, join: Operator) -> None:
         features.spatial(_in_turn(join, *_layer(module, index, given)))
-        _move(motion, features)
-    upsample(module, features, given["upsample_size"])
-    return features.x
+        _move(module.motion_modules[index], features)
+
+    return up(module, features, given, layer)
 
 
 def _middle(module: nn.Module, groups: Groups, given: Given) -> Tensor:

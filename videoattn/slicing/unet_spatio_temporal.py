@@ -23,42 +23,32 @@ from videoattn.slicing.slices import Groups
 from videoattn.slicing.spatial_temporal import (
     Features,
     Given,
+    Operator,
     Take,
-    downsample,
+    down,
     forward,
-    hooked,
-    joined,
     not_of,
-    upsample,
+    up,
 )
-
-Operator = Callable[[Tensor, Take], Tensor]
+from videoattn.slicing.whole import hooked
 
 
 def _down(module: nn.Module, groups: Groups, given: Given) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(x, and all that the up blocks take from here), of x [N, C, H, W]."""
     features = _features(groups, given)
-    states = []
-    for index, resnet in enumerate(module.resnets):
-        _residual(resnet, features, given)
-        if hasattr(module, "attentions"):
-            _attend(module.attentions[index], features, given)
-        states.append(features.kept())
-    if module.downsamplers is not None:
-        downsample(module, features)
-        states.append(features.kept())
-    return features.x, tuple(states)
+    return down(module, features, lambda index: _layer(module, index, features, given))
 
 
 def _up(module: nn.Module, groups: Groups, given: Given) -> Tensor:
     """[N, C, H, W] -> the same, or twice the size."""
     features = _features(groups, given)
-    for index, (resnet, join) in enumerate(zip(module.resnets, joined(module, groups, given), strict=False)):
-        _residual(resnet, features, given, join)
-        if hasattr(module, "attentions"):
-            _attend(module.attentions[index], features, given)
-    upsample(module, features, given["upsample_size"])
-    return features.x
+    return up(module, features, given, lambda index, join: _layer(module, index, features, given, join))
+
+
+def _layer(module: nn.Module, index: int, features: Features, given: Given, *join: Operator) -> None:
+    _residual(module.resnets[index], features, given, *join)
+    if hasattr(module, "attentions"):
+        _attend(module.attentions[index], features, given)
 
 
 def _middle(module: nn.Module, groups: Groups, given: Given) -> Tensor:
