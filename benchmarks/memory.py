@@ -2,7 +2,9 @@
 
 denoiser    what one call makes above its weights: as diffusers runs it, with diffusers' own switches, and sliced, with the
             times of all; fast attention is on where slices are and where they are not ("unsliced")
-generation  the peak of a whole generation of few steps, weights and VAE included
+decoder     the same of one call of the VAE's `decode`, which has no attention of ours
+generation  the peak of a whole generation of few steps, weights and VAE included; also with the host's switch that changes
+            the video, where a case has one, and what that costs in dB (on random weights)
 prediction  what the twin on the meta device foretold against what the device measured, of the denoiser and of the decoder
 
 Peaks are `torch.cuda.max_memory_allocated`; outputs are held against the unsliced ones. Figures go to memory.csv, times to
@@ -15,9 +17,11 @@ slicing_time.csv.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,18 +29,20 @@ from torch import nn
 import videoattn
 from videoattn.benchmarks import forward, models, results, timing
 from videoattn.slicing import forecast
-from videoattn.slicing.session import Choice, slicing_of
+from videoattn.slicing.session import Choice, Slicing, slicing_of
 
 TOLERANCE = 0.05  # rel_l2 of a denoiser's output: at these depths two exact kernels differ by a percent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Args: size: height, width, frames. slices: of the denoiser and of the decoder."""
+    """Args: size: height, width, frames. slices: of the denoiser and of the decoder. lossy: an argument of the pipeline's call
+    that saves memory and changes the video."""
 
     name: str
     size: tuple[int, int, int]
     slices: int
+    lossy: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {'x'.join(map(str, self.size))}"
@@ -44,7 +50,7 @@ class Case:
 
 CASES = (
     Case(name="animatediff", size=(576, 1024, 16), slices=8),
-    Case(name="svd-xt", size=(576, 1024, 25), slices=10),
+    Case(name="svd-xt", size=(576, 1024, 25), slices=10, lossy=(("decode_chunk_size", 8),)),
     Case(name="wan-1.3b", size=(480, 832, 81), slices=4),
 )
 CHUNKS = (1, 2, 4)  # of diffusers' forward chunking, along the rows of a feed-forward's input
@@ -116,7 +122,56 @@ def denoiser(
     return figures, compared["sliced"]
 
 
-def call_of(pipe: object, case: Case, steps: int) -> Callable[[], object]:
+def decoder(case: Case, device: torch.device, seconds: float) -> tuple[list[Figure], timing.Comparison]:
+    """Figures of one call of `decode` with what the pipeline gives it, and the time of the sliced one over the unsliced."""
+    pipe = models.load(case.name, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    latents, options = _decoded(pipe, case)
+    whole, sliced = pipe.vae, copy.deepcopy(pipe.vae)
+    del pipe
+    made = Slicing(sliced, "decode", slices=case.slices)
+    made.attach()
+
+    def run(vae: nn.Module) -> Callable[..., torch.Tensor]:
+        @torch.no_grad()
+        def call(latents: torch.Tensor) -> torch.Tensor:
+            return vae.decode(latents, **options, return_dict=False)[0]
+
+        return call
+
+    def inputs(seed: int) -> timing.Inputs:
+        generator = torch.Generator(device.type).manual_seed(seed)
+        return (torch.randn(latents.shape, dtype=latents.dtype, device=device, generator=generator),)
+
+    timings = {"device": device, "seconds": seconds, "min_rounds": 3, "full_queue": False}
+    compared = timing.compare(run(whole), {"sliced": run(sliced)}, inputs, forward.check(TOLERANCE), **timings)
+    arguments = inputs(0)
+    peaks = {
+        name: peak(lambda vae=vae: run(vae)(*arguments), device) for name, vae in (("plain", whole), ("sliced", sliced))
+    }
+    figures = [gib(case, f"decoder {name}", size) for name, size in peaks.items()]
+    figures.append(figure(case, "decoder_ratio", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices"))
+    return figures, compared["sliced"]
+
+
+def _decoded(pipe: object, case: Case) -> tuple[torch.Tensor, dict[str, object]]:
+    """What a generation gives `vae.decode` first."""
+
+    class Seen(Exception):
+        pass
+
+    def seen(latents: torch.Tensor, **options: object) -> None:
+        seen.call = latents, {name: value for name, value in options.items() if name != "return_dict"}
+        raise Seen
+
+    pipe.vae.decode = seen
+    with contextlib.suppress(Seen):
+        call_of(pipe, case, steps=1)()
+    del pipe.vae.decode
+    return seen.call
+
+
+def call_of(pipe: object, case: Case, steps: int, **more: object) -> Callable[[], object]:
     """A generation; a picture where the pipeline takes one."""
     from PIL import Image
 
@@ -127,6 +182,7 @@ def call_of(pipe: object, case: Case, steps: int) -> Callable[[], object]:
         arguments["decode_chunk_size"] = frames
     else:
         arguments["prompt"] = "a cat walks on the grass"
+    arguments.update(more)
 
     def call() -> object:
         generator = torch.Generator(pipe.device.type).manual_seed(0)
@@ -139,29 +195,31 @@ def generation(case: Case, device: torch.device, steps: int) -> Iterator[Figure]
     """Peaks with weights, of the plain pipeline and of the sliced one, and how near their videos are."""
     pipe = models.load(case.name, device=device)
     pipe.set_progress_bar_config(disable=True)
-    call = call_of(pipe, case, steps)
     peaks, videos = {}, {}
     weights = sum(
         x.nbytes for part in pipe.components.values() if isinstance(part, nn.Module) for x in part.parameters()
     )
-    for name in ("plain", "sliced"):
+    runs = {"plain": {}, "sliced": {}} | ({"sliced, lossy": dict(case.lossy)} if case.lossy else {})
+    for name, more in runs.items():
         if name == "sliced":
             videoattn.enable_fast_attention(pipe, "exact")
             videoattn.enable_feature_slicing(pipe, slices=case.slices)
-        made = []
+        made, call = [], call_of(pipe, case, steps, **more)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        peaks[name] = before + peak(lambda made=made: made.append(call()), device)
-        videos[name] = made.pop()
-        videos[name] = (
-            videos[name] if isinstance(videos[name], torch.Tensor) else torch.stack(list(videos[name]))
-        ).cpu()
+        peaks[name] = before + peak(lambda made=made, call=call: made.append(call()), device)
+        video = made.pop()
+        videos[name] = (video if isinstance(video, torch.Tensor) else torch.stack(list(video))).cpu()
         yield gib(case, f"peak {name}", peaks[name])
-    error = (videos["sliced"].float() - videos["plain"].float()).square().mean()
-    yield figure(case, "psnr_db", float(-10 * error.clamp_min(1e-12).log10()), "dB, sliced against plain")
-    yield figure(case, "peak_ratio", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices")
+        if name != "plain":
+            error = (videos[name].float() - videos["plain"].float()).square().mean()
+            yield figure(case, f"psnr_db {name}", float(-10 * error.clamp_min(1e-12).log10()), "dB against plain")
+    told = f"plain/{case.slices} slices"
+    yield figure(case, "peak_ratio_exact", peaks["plain"] / peaks["sliced"], told)
+    least = min(peaks, key=peaks.get)
+    switched = ", ".join(f"{switch}={value}" for switch, value in runs[least].items())
+    yield figure(case, "peak_ratio", peaks["plain"] / peaks[least], f"{told}{', ' * bool(switched)}{switched}")
     above = {name: size - weights for name, size in peaks.items()}
     yield figure(case, "activation_ratio", above["plain"] / above["sliced"], "whole generation, above all weights")
-    yield figure(case, "peak_ratio_exact", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices")
 
 
 def prediction(case: Case, device: torch.device, steps: int) -> Iterator[Figure]:
@@ -197,7 +255,8 @@ def figure(case: Case, metric: str, value: float, unit: str) -> Figure:
     return {"case": str(case), "metric": metric, "value": value, "unit": unit}
 
 
-PARTS = ("denoiser", "generation", "prediction")
+TIMED = {"denoiser": denoiser, "decoder": decoder}
+PARTS = ("denoiser", "decoder", "generation", "prediction")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,15 +275,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--only {args.only!r}: wanted a part of one of {[*map(str, CASES)]}")
     for case in cases:
         if args.slices is not None:
-            case = Case(name=case.name, size=case.size, slices=args.slices)
+            case = replace(case, slices=args.slices)
         for part in PARTS if args.part is None else (args.part,):
             try:
-                if part == "denoiser":
-                    figures, compared = denoiser(case, device, args.seconds)
+                if part in TIMED:
+                    figures, compared = TIMED[part](case, device, args.seconds)
                     told = {"shape": f"{case.slices} slices", "dtype": models.spec(case.name)["dtype"]}
-                    row = results.timing(compared, case=str(case), kernel="sliced", baseline="unsliced", **told)
+                    baseline = "unsliced" if part == "denoiser" else f"unsliced {part}"
+                    row = results.timing(compared, case=str(case), kernel="sliced", baseline=baseline, **told)
                     results.append("slicing_time", [row], env, args.results)
-                    print(f"{case}: {compared}", flush=True)
+                    print(f"{case} {part}: {compared}", flush=True)
                 else:
                     measure = generation if part == "generation" else prediction
                     figures = list(measure(case, device, args.steps))

@@ -73,7 +73,9 @@ def figures(
     yield "tflops", 4 * n * n * heads * head_dim / seconds / 1e12, "TFLOP/s"
     yield "predicted", sizes.bytes, "bytes"
     if gpu:
-        yield "allocated", torch.cuda.max_memory_allocated() - before, "bytes"
+        allocated = torch.cuda.max_memory_allocated() - before
+        yield "allocated", allocated, "bytes"
+        yield "peak_gib", allocated / 2**30, "GiB"
         yield from _hidden(q, k, v, sizes, device, seconds)
     yield from _errors(q, k, v, out, device, checked)
 

@@ -25,6 +25,7 @@ PROMPT_TOKENS = 24  # every prompt is padded to as many, and the padding is atte
 WIDTHS = (64, 96, 128)
 HEAD_DIM = 32
 LONGEST = 32  # frames that have a position
+TO_ITSELF = 2.0  # times the usual size of weights, of queries that are the keys: some 40 % of a frame's attention
 
 
 def new_vae() -> AutoencoderKL:
@@ -44,7 +45,9 @@ def new_vae() -> AutoencoderKL:
 def new_unet(widths: Sequence[int] = WIDTHS) -> UNetMotionModel:
     """8.2 M parameters. At every level: convolutions, attention within each frame and to the text, attention over the frames.
 
-    Every residual branch starts at zero, so that a fresh network passes on what it is given.
+    Every residual branch starts at zero, so that a fresh network passes on what it is given, and attention over the frames
+    starts with each frame looking mostly at itself and its neighbours: values carry the positions, so that at once a frame
+    knows which one it is, and motion can be learned from there.
     """
     heads = tuple(width // HEAD_DIM for width in widths)
     unet = UNetMotionModel(
@@ -69,6 +72,11 @@ def new_unet(widths: Sequence[int] = WIDTHS) -> UNetMotionModel:
                 last_layers.append(module.conv2)
             case Transformer2DModel() | AnimateDiffTransformer3D():
                 last_layers.append(module.proj_out)
+        if isinstance(module, AnimateDiffTransformer3D):
+            for block in module.transformer_blocks:
+                for attention in (block.attn1, block.attn2):
+                    attention.to_q.weight.data.mul_(TO_ITSELF)
+                    attention.to_k.weight.data.copy_(attention.to_q.weight)
     for layer in last_layers:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
