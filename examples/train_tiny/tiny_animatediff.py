@@ -102,10 +102,11 @@ def new_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """AnimateDiff's own noise levels, stretched so that the last one is noise and nothing else; from there sampling starts."""
+    """AnimateDiff's noise levels with more of them where hardly anything is left of the clip, for there it is decided where
+    things go, stretched so that the last one is noise and nothing else; from there sampling starts."""
     return DDIMScheduler(
         beta_start=0.00085,
-        beta_end=0.012,
+        beta_end=0.02,
         beta_schedule="linear",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",

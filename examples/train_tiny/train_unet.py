@@ -88,14 +88,16 @@ def prepare_unet(unet: UNetMotionModel, compiled: bool) -> None:
                 module.compile(fullgraph=True, dynamic=False)
 
 
-def draw_timesteps(count: int, shift: float, last: int, device: torch.device) -> torch.Tensor:
-    """[count] from 0 to `last`: uniform for a shift of 1, more of the noisy ones for a larger one.
+def draw_timesteps(count: int, shift: float, pure: float, last: int, device: torch.device) -> torch.Tensor:
+    """[count] from 0 to `last`: uniform for a shift of 1, more of the noisy ones for a larger one; a share `pure` is at `last`.
 
-    Whether a thing is a star, and where it goes, is decided at the noisy ones.
+    Whether a thing is a star, and where it goes, is decided at the noisy ones; at the last one, where nothing but the prompt
+    and the number of a frame tells anything, that a thing which moves left is on the right first.
     """
     part = torch.rand(count, device=device)
     part = shift * part / (1 + (shift - 1) * part)
-    return (part * (last + 1)).long().clamp(max=last)
+    drawn = (part * (last + 1)).long().clamp(max=last)
+    return torch.where(torch.rand(count, device=device) < pure, last, drawn)
 
 
 def denoiser_step(
@@ -105,6 +107,7 @@ def denoiser_step(
     scheduler: DDIMScheduler,
     empty_prompt: torch.Tensor,
     shift: float,
+    pure: float,
 ):
     """The v-prediction step: x = signal * latents + sigma * noise, and the network predicts signal * noise - sigma * latents."""
     kept = scheduler.alphas_cumprod.to(trainer.device)
@@ -115,7 +118,7 @@ def denoiser_step(
         latents = latents.float()
         dropped = torch.rand(count, 1, device=device) < EMPTY_PROMPTS
         context = text_encoder(torch.where(dropped, empty_prompt, ids)).last_hidden_state
-        timesteps = draw_timesteps(count, shift, len(kept) - 1, device)
+        timesteps = draw_timesteps(count, shift, pure, len(kept) - 1, device)
         signal, sigma = (table[timesteps].view(-1, 1, 1, 1, 1) for table in (signals, sigmas))
         noise = torch.randn_like(latents)
         noisy = signal * latents + sigma * noise
@@ -142,6 +145,7 @@ def main() -> None:
         "--widths", type=int, nargs="+", default=WIDTHS, help="channels of each level, if not --start-from"
     )
     parser.add_argument("--noisier", type=float, default=1.0, help="multiplies the shift of the noise levels")
+    parser.add_argument("--pure-noise", type=float, default=0.15, help="share of clips that are noise and nothing else")
     args = parser.parse_args()
     device = prepare(args.seed)
     courses = [(SMOKE if args.smoke else COURSES)[height] for height in args.sizes]
@@ -161,7 +165,9 @@ def main() -> None:
     torch.manual_seed(args.seed + trainer.steps)
     empty_prompt, scheduler = tokenize(tokenizer, [""]).to(device), new_scheduler()
     steps = graphed_steps(
-        lambda course: denoiser_step(unet, text_encoder, trainer, scheduler, empty_prompt, course.shift * args.noisier),
+        lambda course: denoiser_step(
+            unet, text_encoder, trainer, scheduler, empty_prompt, course.shift * args.noisier, args.pure_noise
+        ),
         courses,
         graphed=device.type == "cuda" and not args.eager,
     )
