@@ -14,9 +14,10 @@ from diffusers.models.attention import FeedForward
 
 import videoattn
 from videoattn.slicing import budget, forecast, registry, session
+from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.norm import statistics
 from videoattn.slicing.registry import Sliced
-from videoattn.slicing.session import OverBudget, slicing_of
+from videoattn.slicing.session import OverBudget, sliceable, slicing_of
 from videoattn.slicing.slices import Groups, ranges, sliced
 
 
@@ -85,13 +86,14 @@ def test_ranges_cover_everything_once_and_evenly(size, count):
 def test_slices_lie_side_by_side(count, poisoned):
     x = torch.randn(2, 7, 3, 5)
     for dim in (0, 1, 3):
-        out = sliced(lambda a, b, dim=dim: x.narrow(dim, a, b - a) * 2, x.shape[dim], count, dim=dim)
+        size = x.shape[dim]
+        out = sliced(lambda a, b, dim=dim: x.narrow(dim, a, b - a) * 2, size, [*ranges(size, count)], dim=dim)
         assert torch.equal(out, 2 * x)
     images = x.to(memory_format=torch.channels_last)
-    out = sliced(lambda a, b: images[a:b] + 1, 2, 2)
+    out = sliced(lambda a, b: images[a:b] + 1, 2, [(0, 1), (1, 2)])
     assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, images + 1)
     own = x.clone()
-    assert sliced(lambda a, b: own[a:b] + 1, 2, count, out=own) is own and torch.equal(own, x + 1)
+    assert sliced(lambda a, b: own[a:b] + 1, 2, [*ranges(2, count)], out=own) is own and torch.equal(own, x + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -339,6 +341,42 @@ def test_a_forecast_counts_what_is_alive():
         return x, z
 
     assert forecast.peak(call)[0] == 4 * unit
+
+
+@pytest.mark.parametrize("name", ["animatediff", "svd", "text_to_video_sd", "wan", "hunyuan_video"])
+def test_a_forecast_runs_two_slices_of_many(name, monkeypatch):
+    """And tells what all of them would."""
+    pipe = tiny_pipelines.build(name)
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    given = {}
+    hook = model.register_forward_pre_hook(lambda *a: given.setdefault("now", a[1:]) and None, with_kwargs=True)
+    tiny_pipelines.run(name, pipe)
+    hook.remove()
+    twin = forecast.twin(model)
+    sites = [SlicedForward(where, module, kind) for where, module, kind in sliceable(twin, [])]
+    for site in sites:
+        site.install()
+        site.groups.counts = dict.fromkeys(site.groups.counts, 5)
+    args, kwargs = forecast.on_meta(given["now"])
+    told = []
+    for few in (Groups.REHEARSED, 1000):
+        monkeypatch.setattr(Groups, "REHEARSED", few)
+        told.append(forecast.peak(lambda: twin(*args, **kwargs), sites))
+    assert told[0] == told[1] and any(group is not None for _, group in told[0][1])
+
+
+def test_a_forecast_knows_what_convolutions_take():
+    """As measured on an H200: input, output and weight once more; nothing where channels are last, or nothing is around."""
+    convolution = torch.nn.Conv2d(8, 16, 3, padding=1, device="meta")
+    x = torch.empty(2, 8, 6, 10, device="meta")
+    own = 4 * 2 * 16 * 6 * 10
+    more = x.nbytes + own + convolution.weight.nbytes
+    assert forecast.peak(lambda: convolution(x))[0] == own
+    assert forecast.peak(lambda: convolution(x), workspaces=True)[0] == own + more
+    last = x.to(memory_format=torch.channels_last)
+    assert forecast.peak(lambda: convolution(last), workspaces=True)[0] == own
+    single = torch.nn.Conv2d(8, 16, 1, device="meta")
+    assert forecast.peak(lambda: single(x), workspaces=True)[0] == own
 
 
 def test_every_family_of_the_registry_has_a_table():

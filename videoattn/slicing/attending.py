@@ -4,8 +4,9 @@ Rows of attention do not see each other, so a slice of tokens can go from its qu
 (Rabe and Staats, arXiv:2112.05682). K and V are made slice by slice too, straight from what the slice's norm and modulation
 give, so that the normalised input of a block does not stand in full either.
 
-Attention along lists of key blocks takes all queries at once, for lists are of whole videos: there q, k and v are projected
-slice by slice, and the output is projected so.
+Our own processors take all queries at once: lists of key blocks are of whole videos, and norm and rotation of q and k are one
+pass of a kernel there, which is worth more time than the two tensors that it makes are worth memory. There q, k and v are
+projected slice by slice, and so is the output.
 
 Both go past the attention module and call its projections and norms, which takes knowing what its processor does: `known`
 says how, for the host's processors that ours stand in for, and for ours. Every other attention is called whole.
@@ -43,13 +44,12 @@ ADDED = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k
 class Way:
     """How an attention module gets from its input to its output, but for the output's projection.
 
-    prologue: norm and rotation of q and k. core: attention. masked: whether it takes the host's mask.
+    prologue: norm and rotation of q and k. core: attention.
     whole: (prologue, heads, *streams) -> out [B, N, H, D], in the place of `core` where all queries go in one call.
     """
 
     prologue: Prologue
     core: Core | None = None
-    masked: bool = True
     whole: Callable[..., Tensor] | None = None
 
 
@@ -92,13 +92,12 @@ def known(attn: nn.Module, processors: Mapping[type, type[FastProcessor]], *, le
             ours = processors.get(type(host))
             if ours is None:
                 return None
-            of_ours = isinstance(processor, ours)  # else it is the host's code, on our kernels
-            kv_len = processor.kv_len if lengths and of_ours else None
-            if not run.sparse:
-                return Way(
-                    prologue=ours.prologue, core=lambda q, k, v, mask: run(q, k, v, mask, kv_len), masked=not of_ours
-                )
-            return Way(prologue=ours.prologue, whole=functools.partial(run.attend, kv_len=kv_len)) if of_ours else None
+            if isinstance(processor, ours):
+                kv_len = processor.kv_len if lengths else None
+                return Way(prologue=ours.prologue, whole=functools.partial(run.attend, kv_len=kv_len))
+            if run.sparse:
+                return None
+            return Way(prologue=ours.prologue, core=run)  # the host's code, on our kernels
         processor = host
     ours = processors.get(type(processor))
     if ours is None or getattr(processor, "_parallel_config", None) is not None:
@@ -159,7 +158,7 @@ class Keys:
     def attend(self, run: Run, start: int, stop: int, mask: Tensor | None = None) -> Tensor:
         """Output [B, n, H*D] of some tokens of a run, which is yet to be projected.
 
-        mask: of the host, broadcastable to [B, H, n, N]; where the way takes it.
+        mask: of the host, broadcastable to [B, H, n, N].
         """
         return _told(self.attn, lambda: self._attend(run, start, stop, mask))
 
@@ -168,7 +167,7 @@ class Keys:
         rope = None if run.rope is None else run.rope(start, stop)
         stream = Stream(to_q(run.source(start, stop)), None, None, norm_q, None, rope)
         self.way.prologue.finish(self.attn.heads, stream, "q")
-        out = self.way.core(stream.q, self.k, self.v, mask if self.way.masked else None)
+        out = self.way.core(stream.q, self.k, self.v, mask)
         return out.flatten(2, 3).to(stream.q.dtype)
 
 

@@ -201,5 +201,5 @@ def _refuses(vae: nn.Module) -> str | None:
 
 
 FORWARDS = {
-    "AutoencoderKLWan": Sliced(groups=("rows", "frames"), forward=_decode, refuses=_refuses, method="_decode"),
+    "AutoencoderKLWan": Sliced(groups=("frames", "rows"), forward=_decode, refuses=_refuses, method="_decode"),
 }

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from videoattn.slicing.norm import Statistics, statistics
 from videoattn.slicing.registry import Sliced
-from videoattn.slicing.slices import Groups, ranges
+from videoattn.slicing.slices import Groups
 from videoattn.slicing.whole import needs_host
 
 Operator = Callable[[Tensor], Tensor]
@@ -139,7 +139,7 @@ def _mix_frames(block: SpatioTemporalResBlock, groups: Groups, x: Tensor, image_
     if groups.counts["temporal"] == 1:
         groups.run("temporal", lambda start, stop: blended(x, resnet(x, None)), height, dim=-2, out=x)
         return
-    slices = list(ranges(height, groups.counts["temporal"]))
+    slices = groups.ranges("temporal", height)
     before = statistics(resnet.norm1, (x[..., start:stop, :] for start, stop in slices))
 
     def convolved(rows: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """How much memory a call will take: the model's twin runs it on the meta device, where tensors have sizes and no bytes.
 
-What is counted is what is alive, operator by operator, on a copy of the module's structure with the same slices; what a GPU
-adds to it are workspaces of convolutions and the allocator's rounding to 512 bytes. Attention makes its output and no more,
-as every fused kernel does.
+What is counted is what is alive, operator by operator, on a copy of the module's structure with the same slices, and what
+convolutions of a GPU take beside it: cuDNN's kernels want channels last, and where a convolution's tensors are not, it holds its
+input, its output and its weight a second time while it runs (measured on an H200 in fp16, bf16 and fp32, two and three
+dimensions; 1 x 1 takes nothing). Attention makes its output and no more, as every fused kernel does. What is left out is the
+allocator's rounding.
+
+Of slices that are alike two run.
 """
 
 from __future__ import annotations
@@ -18,7 +22,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from videoattn.pipelines.processor import FastProcessor
+from videoattn.prologue import Prologue, Stream
 from videoattn.slicing.install import SlicedForward
+
+Place = tuple[str, str | None]
+"""Name of a site, and of one of its groups, or None for all of it."""
 
 
 @functools.cache
@@ -28,10 +37,15 @@ def _aliases(operator: torch._ops.OpOverload) -> bool:
 
 
 class _Memory(TorchDispatchMode):
-    """What is alive while it is on: `peak`, and the most within each of the windows that are open."""
+    """What is alive while it is on: `peak`, and the most within each of the windows that are open.
 
-    def __init__(self) -> None:
+    Args:
+        workspaces: whether convolutions take some, as on a GPU.
+    """
+
+    def __init__(self, workspaces: bool) -> None:
         super().__init__()
+        self.workspaces = workspaces
         self.bytes = self.peak = 0
         self.windows: list[list[int]] = []
 
@@ -41,15 +55,20 @@ class _Memory(TorchDispatchMode):
             for made in (out,) if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else ():
                 if isinstance(made, Tensor):
                     self._made(made.untyped_storage())
+        if self.workspaces and func is torch.ops.aten.convolution.default:
+            self._seen(self.bytes + _workspace(args[0], args[1], out))
         return out
 
     def _made(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
         self.bytes += size
         weakref.finalize(storage, self._gone, size).atexit = False
-        self.peak = max(self.peak, self.bytes)
+        self._seen(self.bytes)
+
+    def _seen(self, size: int) -> None:
+        self.peak = max(self.peak, size)
         for window in self.windows:
-            window[0] = max(window[0], self.bytes)
+            window[0] = max(window[0], size)
 
     def _gone(self, size: int) -> None:
         self.bytes -= size
@@ -62,7 +81,22 @@ class _Memory(TorchDispatchMode):
         try:
             yield opened
         finally:
-            self.windows.remove(opened)
+            self.windows.pop()
+
+
+INDEXED = 2**31  # elements that cuDNN's kernels can count: of more, torch runs some rows of the batch at a time
+
+
+def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
+    """Bytes that a convolution holds beside its input and its output, of a GPU."""
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    if x.ndim < 4 or any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in (x, weight)):
+        return 0
+    largest = max(x.numel(), out.numel())
+    if largest < INDEXED and weight[0, 0].numel() == 1:
+        return 0
+    rows = len(x) if largest < INDEXED else max(1, INDEXED // (largest // len(x)))
+    return (x.nbytes + out.nbytes) * rows // len(x) + weight.nbytes
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -81,10 +115,47 @@ def twin(model: nn.Module) -> nn.Module:
     usual = next(model.parameters()).dtype
     for name, x in [*made.named_parameters(), *made.named_buffers()]:
         x.data = torch.empty(x.shape, dtype=dtypes.get(name, usual), device="meta")
+    for name, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, FastProcessor):  # its session may come to bind it after this
+            made.get_submodule(name).processor = _attending(processor)
     for name, value in vars(model).items():  # switches that were set since: tiling
         if isinstance(value, bool | int | float) and hasattr(made, name):
             setattr(made, name, value)
     return made.eval().requires_grad_(False)
+
+
+class _Attends:
+    """A runner that attends to nothing, and makes what ours make: norm and rotation are one pass, from q and k to q and k."""
+
+    def __init__(self, sparse: bool) -> None:
+        self.sparse = sparse
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask=None, kv_len=None, scale=None) -> Tensor:
+        return q.new_empty(q.shape)
+
+    def attend(self, prologue: Prologue, heads: int, *streams: Stream, kv_len: Tensor | None = None) -> Tensor:
+        q, k, v = self._finished(prologue, heads, streams)
+        return self(q, k, v)
+
+    @staticmethod
+    def _finished(prologue: Prologue, heads: int, streams: tuple[Stream, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        for stream in streams:
+            if any(each is not None for each in (stream.norm_q, stream.norm_k, stream.rope)):
+                made = (
+                    stream.q.new_empty(stream.q.shape),
+                    stream.k.new_empty(stream.k.shape),
+                )  # the raw ones still stand
+                stream.q, stream.k = made
+            stream.norm_q = stream.norm_k = stream.rope = None
+        return prologue(heads, *streams)
+
+
+def _attending(processor: FastProcessor) -> FastProcessor:
+    """The same kind, for a twin."""
+    made = type(processor)(processor.host)
+    made.bind(_Attends(processor.run is not None and processor.run.sparse))
+    return made
 
 
 def on_meta(arguments: object) -> object:
@@ -93,20 +164,27 @@ def on_meta(arguments: object) -> object:
 
 
 @torch.no_grad()
-def peak(call: Callable[[], object], sites: Iterable[SlicedForward] = ()) -> tuple[int, dict[str, int]]:
-    """The most that is alive of what a call makes, in bytes, and name of a site -> the most while it runs."""
+def peak(
+    call: Callable[[], object], sites: Iterable[SlicedForward] = (), *, workspaces: bool = False
+) -> tuple[int, dict[Place, int]]:
+    """The most that is alive of what a call makes, in bytes, and the most while a site, or one of its groups, runs.
+
+    Args:
+        workspaces: whether convolutions take some, as on a GPU.
+    """
     from videoattn.profiling.rehearsal import OnMeta
 
-    memory, most = _Memory(), defaultdict(int)
+    memory, most = _Memory(workspaces), defaultdict(int)
 
     @contextmanager
-    def window(name: str):
+    def window(name: str, group: str | None = None):
         with memory.window() as opened:
             yield
-        most[name] = max(most[name], opened[0])
+        most[name, group] = max(most[name, group], opened[0])
 
     for site in sites:
         site.around = functools.partial(window, site.name)
+        site.groups.around = functools.partial(window, site.name)
     with OnMeta(), memory:
         call()
     return memory.peak, dict(most)

@@ -22,8 +22,9 @@ from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.registry import Sliced, table
 
 Entry = Literal["forward", "decode"]
-WORTH = 0.97  # of the activations at most, or more slices are not tried
-CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
+WORTH = 0.97  # of the activations at most, or more slices brought nothing,
+PATIENCE = 2  # and so many times in a row are enough
+MOST = 64  # slices of a group
 
 
 class OverBudget(ValueError):
@@ -152,32 +153,50 @@ class Slicing:
         args, kwargs = forecast.on_meta((args, kwargs))
         call = twin if self.entry == "forward" else twin.decode
         allowed = self.budget - resident
-        over, found = set(sites), None
-        for count in CANDIDATES:
-            for name in over:
-                sites[name].groups.counts = dict.fromkeys(sites[name].groups.counts, count)
+
+        def told() -> tuple[Choice, dict[forecast.Place, int]]:
             try:
-                peak, most = forecast.peak(lambda: call(*args, **kwargs), sites.values())
+                peak, most = forecast.peak(
+                    lambda: call(*args, **kwargs), sites.values(), workspaces=_on_gpu(self.model)
+                )
             except RuntimeError as error:  # what torch raises where something needs values
                 raise ValueError(
                     f"memory: {type(self.model).__name__}.{self.entry} does not run on the meta device, which foretells what "
                     f"it takes ({' '.join(str(error).split())}); a number of slices goes without that"
                 ) from error
-            if found is not None and peak > WORTH * found.activations and count > 2:
-                break  # what is left is not in slices
-            if found is None or peak < found.activations:
-                counts = {name: dict(site.groups.counts) for name, site in sites.items()}
-                found = Choice(counts=counts, activations=peak, resident=resident)
-            if peak <= allowed:
-                return found
-            over = {name for name in sites if most.get(name, 0) > allowed}
+            counts = {name: dict(site.groups.counts) for name, site in sites.items()}
+            return Choice(counts=counts, activations=peak, resident=resident), most
+
+        found, most = told()
+        least, idle = found, 0
+        while found.activations > allowed and idle < PATIENCE:
+            over = [place for site in sites.values() for place in _over(site, most, allowed)]
             if not over:
-                break
+                break  # what is left is not in slices
+            for name, group in over:
+                sites[name].groups.counts[group] *= 2
+            found, most = told()
+            idle = 0 if found.activations < WORTH * least.activations else idle + 1
+            least = min(least, found, key=lambda choice: choice.activations)
+        if least.activations <= allowed:
+            return self._coarser(least, sites, told, allowed)
         raise OverBudget(
             f"memory: wanted at most {shown(self.budget)}, and {type(self.model).__name__}.{self.entry} at this size needs "
-            f"{shown(found.total)}: {shown(resident)} that lie there already, and {shown(found.activations)} that it makes",
-            found.total,
+            f"{shown(least.total)}: {shown(resident)} that lie there already, and {shown(least.activations)} that it makes",
+            least.total,
         )
+
+    @staticmethod
+    def _coarser(
+        choice: Choice, sites: dict[str, SlicedForward], told: Callable[[], tuple[Choice, object]], allowed: int
+    ) -> Choice:
+        """Three slices in the place of four, six of eight, if that keeps the budget too."""
+        for name, counts in choice.counts.items():
+            sites[name].groups.counts = {group: max(count * 3 // 4, min(count, 2)) for group, count in counts.items()}
+        if all(site.groups.counts == choice.counts[name] for name, site in sites.items()):
+            return choice
+        found, _ = told()
+        return found if found.activations <= allowed else choice
 
     def notes(self) -> Iterator[str]:
         """For reports."""
@@ -226,6 +245,23 @@ def sliceable(root: nn.Module, refused: list[tuple[str, str]]) -> Iterator[tuple
             continue
         inside = (*inside, f"{name}." if name else "")
         yield name, module, kind
+
+
+def _over(site: SlicedForward, most: dict[forecast.Place, int], allowed: int) -> Iterator[forecast.Place]:
+    """The groups of a site that are to be cut finer: those that pass what is allowed. Where the site does and none of its groups'
+    own loops is to blame, the first that has not come to its size: they are listed with those first that cost least."""
+    if most.get((site.name, None), 0) <= allowed:
+        return
+    groups = site.groups
+    rest = [name for name in groups.counts if groups.counts[name] < min(MOST, groups.sizes.get(name, MOST))]
+    to_blame = [name for name in rest if most.get((site.name, name), 0) > allowed]
+    for name in to_blame or rest[:1]:
+        yield site.name, name
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    """Whether its convolutions run on a GPU, now or where offloading will bring it."""
+    return torch.cuda.is_available() or next(model.parameters()).device.type == "cuda"
 
 
 def _resident(model: nn.Module) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +13,11 @@ Part = Callable[[int, int], Tensor]
 """(start, stop) -> what the group makes of these rows, in any layout of one shape."""
 
 
-def ranges(size: int, count: int) -> Iterator[tuple[int, int]]:
+Range = tuple[int, int]
+"""start and stop of a slice."""
+
+
+def ranges(size: int, count: int) -> Iterator[Range]:
     """`size` rows in `count` slices as even as can be, the longer ones first; fewer slices where there are fewer rows.
 
     >>> list(ranges(7, 3)), list(ranges(2, 5))
@@ -26,18 +32,18 @@ def ranges(size: int, count: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def sliced(part: Part, size: int, count: int, *, dim: int = 0, out: Tensor | None = None) -> Tensor:
+def sliced(part: Part, size: int, slices: Sequence[Range], *, dim: int = 0, out: Tensor | None = None) -> Tensor:
     """The group's output, slice by slice.
 
     Args:
-        part: computes some rows. size: how many there are. count: of slices; with 1 `part` runs once on all, and what it
-            returns is returned.
+        part: computes some rows. size: how many there are. slices: of them; with a single one `part` runs once on all, and what
+            it returns is returned.
         dim: along which its outputs lie side by side.
         out: where they go; may be what `part` reads, if no slice reads another's rows. Made after the first slice where None.
     """
-    if count <= 1 and out is None:
+    if len(slices) <= 1 and out is None:
         return part(0, size)
-    for start, stop in ranges(size, count):
+    for start, stop in slices:
         made = part(start, stop)
         if out is None:
             shape = (*made.shape[:dim], size, *made.shape[dim + 1 :])
@@ -61,17 +67,29 @@ class Groups:
         names: of the groups, in the order in which they run.
     """
 
+    REHEARSED = 2  # slices of a forecast: the first makes room for the output, and those behind the second are like it
+
     def __init__(self, *names: str) -> None:
         self.counts = dict.fromkeys(names, 1)
         self.sizes: dict[str, int] = {}  # rows of each, as last run
         self.gives = self.takes = None  # a handover.Handover to the next module, or from the one before
+        self.around: Callable[[str], contextlib.AbstractContextManager] | None = None  # each group, in a forecast
 
     def run(self, name: str, part: Part, size: int, *, dim: int = 0, out: Tensor | None = None) -> Tensor:
         """`sliced`, by the count of the group `name`."""
-        self.sizes[name] = size
-        return sliced(part, size, self.counts[name], dim=dim, out=out)
+        slices = self.ranges(name, size)
+        with self.within(name):
+            return sliced(part, size, slices, dim=dim, out=out)
 
-    def ranges(self, name: str, size: int) -> Iterator[tuple[int, int]]:
+    def ranges(self, name: str, size: int) -> list[Range]:
         """The slices alone, for a group whose slices write into several tensors."""
         self.sizes[name] = size
-        return ranges(size, self.counts[name])
+        slices = ranges(size, self.counts[name])
+        return list(slices if self.around is None else itertools.islice(slices, self.REHEARSED))
+
+    def within(self, name: str) -> contextlib.AbstractContextManager:
+        """Around what belongs to a group, and is not run by `run`."""
+        return _NOTHING if self.around is None else self.around(name)
+
+
+_NOTHING = contextlib.nullcontext()

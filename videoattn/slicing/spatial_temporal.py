@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
 from videoattn.slicing.norm import Statistics, statistics
-from videoattn.slicing.slices import Groups, ranges
+from videoattn.slicing.slices import Groups
 from videoattn.slicing.whole import hooked, needs_host
 
 Given = dict[str, Any]
@@ -100,8 +100,9 @@ class Features:
     def statistics(self, norm: nn.GroupNorm) -> Statistics:
         """Of a GroupNorm over [B, C, T, P]."""
         video = self.video()
-        slices = ranges(self.places, self.groups.counts["temporal"])
-        return statistics(norm, (video[..., start:stop] for start, stop in slices))
+        slices = self.groups.ranges("temporal", self.places)
+        with self.groups.within("temporal"):
+            return statistics(norm, (video[..., start:stop] for start, stop in slices))
 
     def spatial(self, part: Operator, *, resized: bool = False) -> None:
         """A group on frames.
@@ -116,7 +117,7 @@ class Features:
             return part(x[start:stop], Take(size, lambda y: y[start:stop]))
 
         self.x = self.groups.run("spatial", run, size, out=x if self._own and not resized else None)
-        self._own = self.groups.counts["spatial"] > 1
+        self._own = min(self.groups.counts["spatial"], size) > 1
 
     def temporal(self, part: Callable[[int, int], Tensor]) -> None:
         """A group on places: (start, stop) -> [B, C, T, n], which may depend on x at these places and no others."""

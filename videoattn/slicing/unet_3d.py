@@ -73,7 +73,8 @@ def _residual(
     if features.across_time(convolutions):
         _convolve(convolutions, features)
     else:
-        features.replace(convolutions(features.x, num_frames=features.frames))
+        with features.groups.within("temporal"):
+            features.replace(convolutions(features.x, num_frames=features.frames))
 
 
 def _convolve(module: TemporalConvLayer, features: Features) -> None:
@@ -126,8 +127,9 @@ def _attend(attention: nn.Module, temporal: TransformerTemporalModel, features: 
         mix_frames(temporal, features, kwargs=kwargs, timestep=None, class_labels=None)
     else:
         frames = features.frames
-        out = temporal(features.x, num_frames=frames, cross_attention_kwargs=kwargs, return_dict=False)
-        features.replace(out[0])
+        with features.groups.within("temporal"):
+            out = temporal(features.x, num_frames=frames, cross_attention_kwargs=kwargs, return_dict=False)
+            features.replace(out[0])
 
 
 def _mixing(module: TransformerTemporalModel, groups: Groups, given: Given) -> object:

@@ -110,7 +110,8 @@ def _move(motion: nn.Module, features: Features) -> None:
     if features.across_time(motion):
         mix_frames(motion, features, timestep=None, class_labels=None)
     else:
-        features.replace(motion(features.x, num_frames=features.frames))
+        with features.groups.within("temporal"):
+            features.replace(motion(features.x, num_frames=features.frames))
 
 
 def _refuses(module: nn.Module) -> str | None:

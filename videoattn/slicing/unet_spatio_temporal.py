@@ -89,7 +89,8 @@ def _residual(
         made = _temporal_residual(temporal, features, temb)
         features.temporal(lambda start, stop: blended(video[..., start:stop, :], made(start, stop)))
     else:
-        features.replace_video(blended(video, temporal(video, temb)))
+        with features.groups.within("temporal"):
+            features.replace_video(blended(video, temporal(video, temb)))
 
 
 def _temporal_residual(
