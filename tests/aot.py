@@ -43,6 +43,7 @@ class Case:
     Args:
         kernel: the module in kernels/.
         capability: 90 for 9.0.
+        head_dim: of a GroupNorm, channels of a group.
         tokens: queries and keys of a row; the other kernels are made for any number.
         pv: how the quantised kernel multiplies p and v.
         family: whose projections a pass before attention takes, "" for finished q, k and v.
@@ -53,7 +54,15 @@ class Case:
     """
 
     kernel: Literal[
-        "temporal", "flash", "block_sparse", "remainder", "antidiagonal", "quantised", "prepare", "quantise"
+        "temporal",
+        "flash",
+        "block_sparse",
+        "remainder",
+        "antidiagonal",
+        "quantised",
+        "prepare",
+        "quantise",
+        "group_norm",
     ]
     capability: int
     head_dim: int
@@ -173,6 +182,16 @@ def before() -> list[Case]:
     ]
 
 
+def norms(dtypes: Iterable[str], eaches: Iterable[int]) -> list[Case]:
+    """GroupNorms of images and of slices of a video, with SiLU, for every card."""
+    return [
+        Case(kernel="group_norm", capability=capability, head_dim=each, dtype=dtype)
+        for capability in SHARED_KIB
+        for dtype in dtypes
+        for each in eaches
+    ]
+
+
 def shipped() -> list[Case]:
     """One call a kernel and head_dim, and two lengths of short rows where models have them, for every card."""
     return (
@@ -182,6 +201,7 @@ def shipped() -> list[Case]:
         + remainder((64, 128), ("", "fp8", "16bit"))
         + selection((64, 128, 256))
         + before()
+        + norms(("fp16", "fp32"), (10,))
         + [
             Case(kernel=kernel, capability=capability, head_dim=head_dim, tokens=tokens)
             for capability in SHARED_KIB
@@ -228,6 +248,7 @@ def everything() -> list[Case]:
         + quantised(range(16, 257, 8), forms)
         + block_sparse(range(16, 257, 8), blocks)
         + selection(range(16, 257, 8))
+        + norms(("fp16", "bf16", "fp32"), (1, 4, 10, 16, 40, 80))
     )
 
 
@@ -271,7 +292,17 @@ def compiled(case: Case) -> Figures:
     import torch
     import triton
 
-    from videoattn.kernels import antidiagonal, block_sparse, flash, operands, prepare, quantise, quantised, temporal
+    from videoattn.kernels import (
+        antidiagonal,
+        block_sparse,
+        flash,
+        group_norm,
+        operands,
+        prepare,
+        quantise,
+        quantised,
+        temporal,
+    )
     from videoattn.kernels import remainder as remainder_kernel
     from videoattn.selection.arrangement import Blocks
     from videoattn.selection.block_list import BlockList
@@ -304,6 +335,7 @@ def compiled(case: Case) -> Figures:
     log, made = io.StringIO(), []
     modules = {"flash": flash, "temporal": temporal, "quantised": quantised, "prepare": prepare, "quantise": quantise}
     modules |= {"block_sparse": block_sparse, "antidiagonal": antidiagonal, "remainder": remainder_kernel}
+    modules["group_norm"] = group_norm
     module = modules[case.kernel]
     for plan in (x for module in modules.values() for name, x in vars(module).items() if name.endswith("_plan")):
         plan.cache_clear()  # which do not tell cards apart
@@ -315,6 +347,7 @@ def compiled(case: Case) -> Figures:
             "quantise": ["_statistics", "_operands"],
             "remainder": ["_means", "_quantised_means", "_add"],
             "antidiagonal": ["_regroup", "_tile_sums", "_masses"],
+            "group_norm": ["_norm_moments", "_norm_merge", "_normalise"],
         }
         for name in names.get(case.kernel, ["_forward"]):
             stack.enter_context(mock.patch.object(module, name, Compiling(getattr(module, name), made)))
@@ -344,6 +377,15 @@ def compiled(case: Case) -> Figures:
         elif case.kernel == "antidiagonal":
             blocks = Blocks(size=128, live=tensor(n // 128, dtype="int"), video=0, boxes=tensor(0, 3, 2, dtype="int"))
             antidiagonal.block_mass(tensor(2, n, 8, d), tensor(2, n, 8, d), blocks, blocks, stride=16)
+        elif case.kernel == "group_norm":
+            norm = torch.nn.GroupNorm(32, 32 * d, device="meta", dtype=dtypes[case.dtype])
+            image = tensor(2, 32 * d, 72, 128)
+            for x in (image, image.to(memory_format=torch.channels_last)):
+                group_norm.group_norm(x, norm, silu=True)
+            video = tensor(2, 25, 32 * d, 9216).transpose(1, 2)
+            for x in (video[..., :1152], video[..., 1152:2305]):
+                of = group_norm.moments(x, 32, group_norm.moments(x, 32))
+                group_norm.normalise(x, *group_norm.affine(of, norm.weight, norm.bias, 32 * d, norm.eps))
         elif case.family:
             prologue, streams = _projected(case, tensor)
             if case.kernel == "prepare":
