@@ -16,6 +16,9 @@ from videoattn.reports import Report
 from videoattn.session import Session, session_of
 
 if TYPE_CHECKING:
+    from videoattn.caches.session import Rehash
+    from videoattn.caches.settings import Keys, Mode, Point
+    from videoattn.caches.timetable import Coordinate
     from videoattn.profiling.profile import Profile
     from videoattn.slicing.session import Slicing
 
@@ -122,9 +125,83 @@ def disable_feature_slicing(pipe: Pipe) -> Pipe:
     return pipe
 
 
+def enable_step_rehash(
+    pipe: Pipe,
+    *,
+    steps: int | None = None,
+    similarity: float | None = None,
+    threshold: float | None = None,
+    mode: Mode | None = None,
+    keys: Keys | None = None,
+    point: Point = "output",
+    coordinate: Coordinate | None = None,
+    calibration: Path | str | None = None,
+) -> Pipe:
+    """Let some of a sampler's steps run the network, and the others reuse what those gave. In place; calling again replaces.
+    This changes the videos (docs/rehash.md).
+
+    Args:
+        pipe: a DiffusionPipeline or ModularPipeline.
+        steps: so many of the sampler's steps run.
+        similarity: instead: a step runs where its output is less alike to that of the last step that ran (cosine).
+        threshold: instead, with point "first_block": a step runs where the first block's output has changed more, relatively.
+        mode: what a step that does not run gives. "hold": the last output; "extrapolate", "extrapolate2": a line or a parabola
+            through the last ones; "fit": the weights of the last two that were best in a calibration; "correct": "fit", and the
+            next step that runs makes up for what was guessed wrong. Default: "correct"; "extrapolate" with threshold; "fit" at
+            another point.
+        keys: which steps run: those with which a calibration's "error" is the least; "similarity", the search of Zhan et al.
+            (NeurIPS 2024), default with the argument of that name; or "uniform".
+        point: what is reused: the network's "output"; of UNets what the last up block is given, "late_block"; of transformers
+            what all blocks behind the first one add, "first_block".
+        coordinate: over which modes extrapolate: "sigma", "log_snr", "timestep"; by the scheduler where None.
+        calibration: a TOML file of how alike steps are, read and added to. Where nothing is known of a model, a scheduler and
+            its steps, the first generation runs them all to find out. Keys "uniform" with a mode that extrapolates need none.
+
+    Returns:
+        `pipe` itself.
+
+    Raises:
+        TypeError: `pipe` is of no kind that is known.
+        ValueError: settings that exclude each other, a bare denoiser, or one that cannot be served. Nothing has been changed
+            then. A generation that cannot be served runs every step, and `report` says why.
+    """
+    from videoattn.caches.session import Rehash, rehash_of
+    from videoattn.caches.settings import Settings
+
+    models = _denoisers(pipe)
+    if isinstance(pipe, nn.Module) or not hasattr(pipe, "scheduler"):
+        raise ValueError(f"step rehash: wanted a pipeline, whose scheduler tells the steps, got {_name(pipe)}")
+    usual = "extrapolate" if threshold is not None else "correct" if point == "output" else "fit"
+    settings = Settings(
+        steps=steps,
+        similarity=similarity,
+        threshold=threshold,
+        mode=mode or usual,
+        keys=keys or ("error" if similarity is None else "similarity"),
+        point=point,
+        coordinate=coordinate,
+        calibration=None if calibration is None else Path(calibration),
+    )
+    made = [(model, Rehash(model, settings, pipe)) for model in models]
+    for model, rehash in made:
+        rehash.siblings = [each for _, each in made]
+        previous = rehash_of(model)
+        if previous is not None:
+            previous.detach()
+        rehash.attach(model)
+    return pipe
+
+
+def disable_step_rehash(pipe: Pipe) -> Pipe:
+    """Have every step run the network again; nothing happens where rehash is not enabled. Returns `pipe`."""
+    for rehash in _rehashes(pipe):
+        rehash.detach()
+    return pipe
+
+
 def disable(pipe: Pipe) -> Pipe:
     """Undo everything that videoattn has enabled on a pipeline, last first. Returns `pipe`."""
-    return disable_fast_attention(disable_feature_slicing(pipe))
+    return disable_fast_attention(disable_feature_slicing(disable_step_rehash(pipe)))
 
 
 @contextlib.contextmanager
@@ -153,12 +230,12 @@ def report(pipe: object) -> Report:
     Raises:
         ValueError: nothing is enabled on `pipe`.
     """
-    slicings = _slicings(pipe)
-    sessions = [] if slicings and not _enabled(pipe) else _sessions(pipe, "report")
+    slicings, rehashes = _slicings(pipe), _rehashes(pipe)
+    sessions = [] if (slicings or rehashes) and not _enabled(pipe) else _sessions(pipe, "report")
     for session in sessions:
         session.look(session.clock.generation, wait=True)
     title = f"{_name(pipe)}, policy {sessions[0].policy.name}" if sessions else _name(pipe)
-    return reports.build(title, sessions, slicings)
+    return reports.build(title, sessions, slicings, rehashes)
 
 
 def warmup(
@@ -270,6 +347,12 @@ def _slicings(pipe: object) -> list[Slicing]:
 
     found = [slicing_of(model) for model, _ in _sliced_models(pipe)]
     return [slicing for slicing in found if slicing is not None]
+
+
+def _rehashes(pipe: object) -> list[Rehash]:
+    from videoattn.caches.session import rehash_of
+
+    return [rehash for model in _denoisers(pipe) if (rehash := rehash_of(model)) is not None]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

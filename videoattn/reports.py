@@ -12,6 +12,7 @@ from videoattn.runner import Plan
 from videoattn.session import Patch, Session
 
 if TYPE_CHECKING:
+    from videoattn.caches.session import Rehash
     from videoattn.slicing.session import Slicing
 
 QUANTISED_KINDS = Policy().kinds
@@ -98,7 +99,9 @@ class Report:
         return capture.get()
 
 
-def build(title: str, sessions: Sequence[Session], slicings: Sequence[Slicing] = ()) -> Report:
+def build(
+    title: str, sessions: Sequence[Session], slicings: Sequence[Slicing] = (), rehashes: Sequence[Rehash] = ()
+) -> Report:
     rows = [row for session in sessions for patch in session.patches for row in _rows(session, patch)]
     devices = {plan.call.device for session in sessions for plan in session.plans}
     return Report(
@@ -109,6 +112,7 @@ def build(title: str, sessions: Sequence[Session], slicings: Sequence[Slicing] =
             *(f"{session.model_name}: {note}" for session in sessions for note in _notes(session)),
             *sorted({measured.note(device) for device in devices} - {""}),
             *(f"{type(slicing.model).__name__}: {note}" for slicing in slicings for note in slicing.notes()),
+            *(f"{rehash.model_name}: {note}" for rehash in rehashes for note in rehash.notes()),
         ),
         generations=max((session.clock.generation + 1 for session in sessions), default=0),
         denoiser_calls=sum(session.clock.calls for session in sessions),

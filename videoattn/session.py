@@ -67,7 +67,7 @@ class Session:
         self.in_place = ""  # why the video's tokens stay in raster order though a selector wants another, if they do
         self._token_order: TokenOrder | None = None
         self._phase: tuple | None = None  # what the processors are bound for
-        self._pipe = _PipeReference(pipe)
+        self._pipe = PipeReference(pipe)
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._runners: dict[tuple, Runner] = {}
         self._places: dict[tuple, Placed] = {}
@@ -338,7 +338,7 @@ class Session:
         return kv_len
 
 
-class _PipeReference:
+class PipeReference:
     """The pipeline, held weakly; a copy of the pipeline's denoiser made with the pipeline refers to the copy."""
 
     def __init__(self, pipe: object) -> None:
@@ -347,12 +347,12 @@ class _PipeReference:
     def __call__(self) -> object:
         return None if self._ref is None else self._ref()
 
-    def __deepcopy__(self, memo: dict) -> _PipeReference:
+    def __deepcopy__(self, memo: dict) -> PipeReference:
         pipe = self()
-        return _PipeReference(memo.get(id(pipe), pipe))
+        return PipeReference(memo.get(id(pipe), pipe))
 
     def __reduce__(self):
-        return _PipeReference, (None,)
+        return PipeReference, (None,)
 
 
 def session_of(model: nn.Module) -> Session | None:
