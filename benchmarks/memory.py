@@ -11,7 +11,7 @@ Peaks are `torch.cuda.max_memory_allocated`; outputs are held against the unslic
 slicing_time.csv.
 
     python -m videoattn.benchmarks.memory                              # some minutes on an H200
-    python -m videoattn.benchmarks.memory --part denoiser --only svd --slices 8
+    python -m videoattn.benchmarks.memory --part denoiser --only svd
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import argparse
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -36,12 +36,17 @@ TOLERANCE = 0.05  # rel_l2 of a denoiser's output: at these depths two exact ker
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Args: size: height, width, frames. slices: of the denoiser and of the decoder. lossy: an argument of the pipeline's call
-    that saves memory and changes the video."""
+    """Args:
+    size: height, width, frames.
+    denoiser, decoder: GiB that each may make above what lies there; a generation has the larger of both above the weights.
+    lossy: an argument of the pipeline's call that saves memory of the decoder and changes the video. With it a generation has
+        the denoiser's.
+    """
 
     name: str
     size: tuple[int, int, int]
-    slices: int
+    denoiser: float
+    decoder: float
     lossy: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
@@ -49,10 +54,11 @@ class Case:
 
 
 CASES = (
-    Case(name="animatediff", size=(576, 1024, 16), slices=8),
-    Case(name="svd-xt", size=(576, 1024, 25), slices=10, lossy=(("decode_chunk_size", 8),)),
-    Case(name="wan-1.3b", size=(480, 832, 81), slices=4),
+    Case(name="animatediff", size=(576, 1024, 16), denoiser=1.6, decoder=1.6),
+    Case(name="svd-xt", size=(576, 1024, 25), denoiser=3.0, decoder=6.5, lossy=(("decode_chunk_size", 8),)),
+    Case(name="wan-1.3b", size=(480, 832, 81), denoiser=0.8, decoder=3.6),
 )
+SMALL = 2**28  # beside the weights: buffers, embeddings of the text, latents, what cuBLAS keeps
 CHUNKS = (1, 2, 4)  # of diffusers' forward chunking, along the rows of a feed-forward's input
 
 Figure = dict[str, object]
@@ -81,6 +87,28 @@ def switched(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield f"forward chunking {chunk}", twin
 
 
+def runs(name: str, call: Callable[[], object]) -> bool:
+    """Whether a switch takes this size."""
+    try:
+        call()
+    except ValueError as refusal:
+        print(f"{name}: {refusal}")
+        return False
+    return True
+
+
+def budget(gib: float, device: torch.device, *models: nn.Module) -> int:
+    """Bytes: so many GiB above what lies on the device, or on a CPU above what the models hold."""
+    lies = sum(x.nbytes for model in models for x in (*model.parameters(), *model.buffers()))
+    return int((torch.cuda.memory_allocated(device) if device.type == "cuda" else lies) + gib * 2**30)
+
+
+def cut(*models: nn.Module) -> str:
+    """Into how many slices a budget had them cut, at most."""
+    counts = [n for each in chosen(models) for groups in each.counts.values() for n in groups.values()]
+    return f"up to {max(counts)} slices"
+
+
 def denoiser(
     case: Case, device: torch.device, seconds: float, overrides: models.Spec | None = None
 ) -> tuple[list[Figure], timing.Comparison]:
@@ -88,8 +116,7 @@ def denoiser(
     plain = models.denoiser(case.name, device=device, overrides=overrides)
     unsliced = videoattn.enable_fast_attention(forward.twin(plain), "exact")
     sliced = videoattn.enable_fast_attention(forward.twin(plain), "exact")
-    videoattn.enable_feature_slicing(sliced, slices=case.slices)
-    others = dict(switched(plain))
+    videoattn.enable_feature_slicing(sliced, memory=budget(case.denoiser, device, sliced))
 
     def run(model: nn.Module) -> Callable[..., torch.Tensor]:
         @torch.no_grad()
@@ -101,6 +128,8 @@ def denoiser(
     def inputs(seed: int) -> timing.Inputs:
         return (models.inputs(case.name, *case.size, device=device, overrides=overrides, seed=seed),)
 
+    run(sliced)(*inputs(0))  # chooses its slices, before there are tensors of the timing
+    others = {name: model for name, model in switched(plain) if runs(name, lambda m=model: run(m)(*inputs(0)))}
     candidates = {"sliced": sliced, **others}
     options = {"device": device, "seconds": seconds, "min_rounds": 3, "full_queue": False}
     compared = timing.compare(
@@ -114,7 +143,7 @@ def denoiser(
     peaks = {"plain": plain, "unsliced": unsliced, **candidates}
     peaks = {name: peak(lambda model=model: run(model)(*arguments), device) for name, model in peaks.items()}
     figures = [gib(case, f"activations {name}", size) for name, size in peaks.items()]
-    figures.append(figure(case, "activation_ratio", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices"))
+    figures.append(figure(case, "activation_ratio", peaks["plain"] / peaks["sliced"], f"plain/{cut(sliced)}"))
     no_slower = [name for name in others if compared[name].median_ms <= compared["sliced"].median_ms]
     best = min((peaks[name] for name in no_slower), default=peaks["plain"])
     unit = "the least of diffusers' switches that take no more time / ours"
@@ -129,8 +158,8 @@ def decoder(case: Case, device: torch.device, seconds: float) -> tuple[list[Figu
     latents, options = _decoded(pipe, case)
     whole, sliced = pipe.vae, copy.deepcopy(pipe.vae)
     del pipe
-    made = Slicing(sliced, "decode", slices=case.slices)
-    made.attach()
+    gc.collect()
+    Slicing(sliced, "decode", budget=budget(case.decoder, device, sliced)).attach()
 
     def run(vae: nn.Module) -> Callable[..., torch.Tensor]:
         @torch.no_grad()
@@ -143,6 +172,7 @@ def decoder(case: Case, device: torch.device, seconds: float) -> tuple[list[Figu
         generator = torch.Generator(device.type).manual_seed(seed)
         return (torch.randn(latents.shape, dtype=latents.dtype, device=device, generator=generator),)
 
+    run(sliced)(*inputs(0))  # as above
     timings = {"device": device, "seconds": seconds, "min_rounds": 3, "full_queue": False}
     compared = timing.compare(run(whole), {"sliced": run(sliced)}, inputs, forward.check(TOLERANCE), **timings)
     arguments = inputs(0)
@@ -150,7 +180,7 @@ def decoder(case: Case, device: torch.device, seconds: float) -> tuple[list[Figu
         name: peak(lambda vae=vae: run(vae)(*arguments), device) for name, vae in (("plain", whole), ("sliced", sliced))
     }
     figures = [gib(case, f"decoder {name}", size) for name, size in peaks.items()]
-    figures.append(figure(case, "decoder_ratio", peaks["plain"] / peaks["sliced"], f"plain/{case.slices} slices"))
+    figures.append(figure(case, "decoder_ratio", peaks["plain"] / peaks["sliced"], f"plain/{cut(sliced)}"))
     return figures, compared["sliced"]
 
 
@@ -200,10 +230,11 @@ def generation(case: Case, device: torch.device, steps: int) -> Iterator[Figure]
         x.nbytes for part in pipe.components.values() if isinstance(part, nn.Module) for x in part.parameters()
     )
     runs = {"plain": {}, "sliced": {}} | ({"sliced, lossy": dict(case.lossy)} if case.lossy else {})
+    allowed = {"sliced": max(case.denoiser, case.decoder), "sliced, lossy": case.denoiser}
     for name, more in runs.items():
-        if name == "sliced":
+        if name in allowed:
             videoattn.enable_fast_attention(pipe, "exact")
-            videoattn.enable_feature_slicing(pipe, slices=case.slices)
+            videoattn.enable_feature_slicing(pipe, memory=int(weights + SMALL + allowed[name] * 2**30))
         made, call = [], call_of(pipe, case, steps, **more)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         peaks[name] = before + peak(lambda made=made, call=call: made.append(call()), device)
@@ -213,7 +244,7 @@ def generation(case: Case, device: torch.device, steps: int) -> Iterator[Figure]
         if name != "plain":
             error = (videos[name].float() - videos["plain"].float()).square().mean()
             yield figure(case, f"psnr_db {name}", float(-10 * error.clamp_min(1e-12).log10()), "dB against plain")
-    told = f"plain/{case.slices} slices"
+    told = "plain/sliced"
     yield figure(case, "peak_ratio_exact", peaks["plain"] / peaks["sliced"], told)
     least = min(peaks, key=peaks.get)
     switched = ", ".join(f"{switch}={value}" for switch, value in runs[least].items())
@@ -229,21 +260,26 @@ def prediction(case: Case, device: torch.device, steps: int) -> Iterator[Figure]
     call = call_of(pipe, case, steps)
     videoattn.enable_feature_slicing(pipe, memory="1 TiB")
     call()
-    most = max(chosen(pipe), key=lambda choice: choice.total)
+    most = max(chosen(parts(pipe)), key=lambda choice: choice.total)
     for share in (1.0, 0.6):
         videoattn.enable_feature_slicing(pipe, memory=int(most.resident + share * most.activations))
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         measured = before + peak(call, device)
-        told = max(choice.total for choice in chosen(pipe))
+        told = max(choice.total for choice in chosen(parts(pipe)))
         yield gib(case, f"predicted at {share:.0%}", told)
         yield gib(case, f"measured at {share:.0%}", measured)
         yield figure(case, "prediction_error", abs(told - measured) / measured, f"of the measured peak, at {share:.0%}")
 
 
-def chosen(pipe: object) -> list[Choice]:
-    """What was chosen for the calls of the last generation."""
+def parts(pipe: object) -> list[nn.Module]:
+    """Those that are sliced."""
     found = (getattr(pipe, name, None) for name in ("transformer", "unet", "vae"))
-    slicings = [slicing_of(model) for model in found if model is not None]
+    return [model for model in found if model is not None]
+
+
+def chosen(models: Iterable[nn.Module]) -> list[Choice]:
+    """What was chosen for their last calls."""
+    slicings = [slicing_of(model) for model in models]
     return [slicing.choice for slicing in slicings if slicing is not None and slicing.choice is not None]
 
 
@@ -265,7 +301,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of the timing of a case")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--part", choices=PARTS, help="one of them (default: all)")
-    parser.add_argument("--slices", type=int, help="instead of a case's own")
     parser.add_argument("--steps", type=int, default=2, help="of a generation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -274,13 +309,11 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         raise ValueError(f"--only {args.only!r}: wanted a part of one of {[*map(str, CASES)]}")
     for case in cases:
-        if args.slices is not None:
-            case = replace(case, slices=args.slices)
         for part in PARTS if args.part is None else (args.part,):
             try:
                 if part in TIMED:
                     figures, compared = TIMED[part](case, device, args.seconds)
-                    told = {"shape": f"{case.slices} slices", "dtype": models.spec(case.name)["dtype"]}
+                    told = {"shape": f"at most {getattr(case, part)} GiB", "dtype": models.spec(case.name)["dtype"]}
                     baseline = "unsliced" if part == "denoiser" else f"unsliced {part}"
                     row = results.timing(compared, case=str(case), kernel="sliced", baseline=baseline, **told)
                     results.append("slicing_time", [row], env, args.results)

@@ -24,7 +24,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from videoattn.slicing.norm import Statistics, statistics
+from videoattn.slicing.norm import Statistics, activated, statistics
 from videoattn.slicing.registry import Sliced
 from videoattn.slicing.slices import Groups
 from videoattn.slicing.whole import needs_host
@@ -143,7 +143,7 @@ def _mix_frames(block: SpatioTemporalResBlock, groups: Groups, x: Tensor, image_
     before = statistics(resnet.norm1, (x[..., start:stop, :] for start, stop in slices))
 
     def convolved(rows: Tensor) -> Tensor:
-        return resnet.conv1(resnet.nonlinearity(before.normalised(rows)))
+        return resnet.conv1(activated(before, rows, resnet.nonlinearity))
 
     between = Statistics(resnet.norm2)
     for start, stop in slices:
@@ -151,7 +151,7 @@ def _mix_frames(block: SpatioTemporalResBlock, groups: Groups, x: Tensor, image_
 
     def part(start: int, stop: int) -> Tensor:
         rows = x[..., start:stop, :]
-        mixed = resnet.nonlinearity(between.normalised(convolved(rows)))
+        mixed = activated(between, convolved(rows), resnet.nonlinearity)
         mixed = resnet.conv2(resnet.dropout(mixed))
         shortcut = rows if resnet.conv_shortcut is None else resnet.conv_shortcut(rows)
         return blended(rows, shortcut + mixed)

@@ -50,6 +50,9 @@ class Statistics:
     def add(self, x: Tensor) -> None:
         """A slice [B, C, ...]."""
         self._scale = self._shift = None
+        if x.is_meta:  # a forecast: the kernels make next to nothing
+            self.count, self.mean, self.squares = 1, *x.new_empty(2, x.shape[0], self.norm.num_groups).unbind()
+            return
         kernels = _kernels(x)
         if kernels is not None:
             before = None if self.mean is None else kernels.Moments(self.count, self.mean, self.squares)
@@ -73,6 +76,8 @@ class Statistics:
 
         silu: of the fp32 value, so that there is one rounding, where an operator behind this would round twice.
         """
+        if x.is_meta:
+            return torch.empty_like(x)
         if self._scale is None:
             self._scale, self._shift = self._affine(x)
         kernels = _kernels(x)
@@ -107,6 +112,11 @@ def statistics(norm: nn.GroupNorm, parts: Iterable[Tensor]) -> Statistics:
     for part in parts:
         of.add(part)
     return of
+
+
+def activated(of: Statistics, x: Tensor, activation: nn.Module) -> Tensor:
+    """`activation(of.normalised(x))`, in one pass where it is SiLU."""
+    return of.normalised(x, silu=True) if type(activation) is nn.SiLU else activation(of.normalised(x))
 
 
 class FewRows:
@@ -221,7 +231,7 @@ def _grouped(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 def _parameters(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias as the norm's own call has them: offloading moves them in for the time of a call."""
-    if "forward" not in vars(norm) and not norm._forward_pre_hooks:
+    if isinstance(vars(norm).get("forward", None), SlicedForward | None) and not norm._forward_pre_hooks:
         return norm.weight, norm.bias
     with _Parameters() as seen:
         norm(x[:, :, :0])  # without a value, which no kernel of ours takes

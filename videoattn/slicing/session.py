@@ -19,6 +19,7 @@ from videoattn.slicing.budget import shown
 from videoattn.slicing.decoder_switches import tile
 from videoattn.slicing.handover import connect
 from videoattn.slicing.install import SlicedForward
+from videoattn.slicing.norm import FewRows
 from videoattn.slicing.registry import Sliced, table
 
 Entry = Literal["forward", "decode"]
@@ -91,12 +92,14 @@ class Slicing:
                 f"slicing: wanted a model with parts that can be sliced, got {type(model).__name__}: {reasons}"
             )
         connect(self.sites)
+        self._norms = FewRows(model)
         self.choices: dict[tuple, Choice] = {}
         self.choice: Choice | None = None  # of the call that runs, or ran last
         self.then: Callable[[tuple, dict], None] | None = None  # looks at what the same generation will call later
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def attach(self) -> None:
+        self._norms.install()
         for site in self.sites:
             site.install()
             site.groups.counts = dict.fromkeys(site.groups.counts, self.slices or 1)
@@ -116,6 +119,7 @@ class Slicing:
             self._untile()
         for site in self.sites:
             site.remove()
+        self._norms.remove()
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -17,17 +17,22 @@ Range = tuple[int, int]
 """start and stop of a slice."""
 
 
+ALIGNED = 8
+
+
 def ranges(size: int, count: int) -> Iterator[Range]:
-    """`size` rows in `count` slices as even as can be, the longer ones first; fewer slices where there are fewer rows.
+    """`size` rows in `count` slices as even as can be, the longer ones first; fewer slices where there are fewer rows. Where
+    there are many, they begin at multiples of `ALIGNED`, as loads of 16 bytes want it.
 
     >>> list(ranges(7, 3)), list(ranges(2, 5))
     ([(0, 3), (3, 5), (5, 7)], [(0, 1), (1, 2)])
     """
+    unit = ALIGNED if size % ALIGNED == 0 and size >= ALIGNED**2 * count else 1
     count = max(1, min(size, count))
-    short, longer = divmod(size, count)
+    short, longer = divmod(size // unit, count)
     start = 0
     for index in range(count):
-        stop = start + short + (index < longer)
+        stop = start + unit * (short + (index < longer))
         yield start, stop
         start = stop
 

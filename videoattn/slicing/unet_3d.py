@@ -13,7 +13,7 @@ from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel, TransformerTemporalModelOutput
 from torch import Tensor, nn
 
-from videoattn.slicing.norm import Statistics
+from videoattn.slicing.norm import Statistics, activated
 from videoattn.slicing.registry import Sliced
 from videoattn.slicing.slices import Groups
 from videoattn.slicing.spatial_temporal import (
@@ -101,8 +101,9 @@ def _convolved(
     """
 
     def part(start: int, stop: int) -> Tensor:
-        y = before.normalised(source[..., start:stop, :])
-        for operator in operators:
+        activation, *rest = operators
+        y = activated(before, source[..., start:stop, :], activation)
+        for operator in rest:
             y = operator(y)
         if after is not None:
             after.add(y)

@@ -17,7 +17,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock, TemporalResnetBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
-from videoattn.slicing.norm import Statistics
+from videoattn.slicing.norm import Statistics, activated
 from videoattn.slicing.registry import Sliced
 from videoattn.slicing.slices import Groups
 from videoattn.slicing.spatial_temporal import (
@@ -107,7 +107,7 @@ def _temporal_residual(
         shift = resnet.time_emb_proj(resnet.nonlinearity(temb)).transpose(1, 2)[..., None, None]
 
     def first(start: int, stop: int) -> Tensor:
-        y = resnet.nonlinearity(before.normalised(video[..., start:stop, :]))
+        y = activated(before, video[..., start:stop, :], resnet.nonlinearity)
         y = resnet.conv1(y) + shift
         between.add(y)
         return y
@@ -115,7 +115,7 @@ def _temporal_residual(
     hidden = features.groups.run("temporal", first, features.places, dim=3)
 
     def rest(start: int, stop: int) -> Tensor:
-        y = resnet.nonlinearity(between.normalised(hidden[..., start:stop, :]))
+        y = activated(between, hidden[..., start:stop, :], resnet.nonlinearity)
         y = resnet.conv2(resnet.dropout(y))
         x = video[..., start:stop, :]
         return (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)) + y
