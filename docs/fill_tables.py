@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import quantised_tables
+import rehash_tables
 import sparse_tables
 
 from videoattn.profiling import summary
@@ -279,6 +280,7 @@ def main() -> int:
     documents = {
         "where-the-time-goes.md": of_profiles,
         "quantised.md": quantised_tables.TABLES,
+        "rehash.md": rehash_tables.TABLES,
         "sparse.md": sparse_tables.TABLES,
     }
     for document, tables in documents.items():

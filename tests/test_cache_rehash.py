@@ -124,6 +124,12 @@ def test_blocks_run_at_key_steps_only(monkeypatch):
     assert counted.calls == 2 * 7  # branches of guidance
 
 
+def test_the_very_steps_that_are_named():
+    pipe = videoattn.enable_step_rehash(euler_wan(), steps=[0, 1, 5, 8], mode="hold")
+    generate("wan", pipe)
+    assert ran(pipe) == [0, 1, 5, 8, STEPS - 1]
+
+
 def coarse(name, pipe, keys):
     """The plain sampler that knows only some of the steps."""
     scheduler = pipe.scheduler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -128,7 +128,7 @@ def disable_feature_slicing(pipe: Pipe) -> Pipe:
 def enable_step_rehash(
     pipe: Pipe,
     *,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     similarity: float | None = None,
     threshold: float | None = None,
     mode: Mode | None = None,
@@ -142,7 +142,7 @@ def enable_step_rehash(
 
     Args:
         pipe: a DiffusionPipeline or ModularPipeline.
-        steps: so many of the sampler's steps run.
+        steps: so many of the sampler's steps run; or which, indices from 0.
         similarity: instead: a step runs where its output is less alike to that of the last step that ran (cosine).
         threshold: instead, with point "first_block": a step runs where the first block's output has changed more, relatively.
         mode: what a step that does not run gives. "hold": the last output; "extrapolate", "extrapolate2": a line or a parabola
@@ -173,7 +173,7 @@ def enable_step_rehash(
         raise ValueError(f"step rehash: wanted a pipeline, whose scheduler tells the steps, got {_name(pipe)}")
     usual = "extrapolate" if threshold is not None else "correct" if point == "output" else "fit"
     settings = Settings(
-        steps=steps,
+        steps=tuple(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else steps,
         similarity=similarity,
         threshold=threshold,
         mode=mode or usual,

@@ -35,6 +35,7 @@ BENCHMARKS = {
     "host_time": "host time that a call costs more",
     "prologue": "norm, rotation and quantisation in one pass before attention, against diffusers' own operations",
     "quality_tiny": "what quantised attention costs on the trained model",
+    "rehash": "fewer calls of the network: time, and quality beside the sampler with as many",
     "sparse": "attention that leaves key blocks out: kernels, selection, and fast against balanced",
     "quality_sparse": "what leaving key blocks out costs on the trained model, beside its controls",
     "recall_tiny": "how much of attention each selector of key blocks keeps on the trained model",

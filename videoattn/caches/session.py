@@ -66,6 +66,7 @@ class Rehash:
         self._keys: set[int] = set()
         self._known = range(0)  # the steps that a calibration tells about
         self._influence: np.ndarray | None = None
+        self._searched: tuple[Calibration, list[int]] | None = None
         self._online = False  # what this step's first branch was decided to be, by its first block
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -150,7 +151,9 @@ class Rehash:
         if settings.mode == "correct" or settings.keys == "error":
             self._influence = timetable.influence(scheduler)
         if not settings.calibrated:
-            if settings.threshold is None:
+            if isinstance(settings.steps, tuple):
+                self._keys = set(settings.steps)
+            elif settings.threshold is None:
                 self._keys = set(keysteps.uniform(self.total, settings.steps))
             return
         key = timetable.key(model, scheduler, step.index) | {
@@ -174,8 +177,9 @@ class Rehash:
         if _compiled_whole(model, self._pipe()):
             return "the denoiser is compiled as a whole, and a graph runs as it was traced; compile its blocks instead"
         reason = timetable.refuses(scheduler)
-        if reason is None and self.settings.steps is not None and self.settings.steps >= step.total:
-            reason = f"wanted {self.settings.steps} steps to run, and the sampler has {step.total}"
+        wanted = self.settings.steps
+        if reason is None and isinstance(wanted, int) and wanted >= step.total:
+            reason = f"wanted {wanted} steps to run, and the sampler has {step.total}"
         return reason or ""
 
     def _follow(self, found: Calibration) -> None:
@@ -186,6 +190,9 @@ class Rehash:
         self._known = steps
         if settings.mode in ("fit", "correct"):
             self._rule = Fitted(terms=settings.terms, gram=gram)
+        if isinstance(settings.steps, tuple):
+            self._keys = set(settings.steps)
+            return
         if settings.similarity is not None:
             self._keys = {steps[key] for key in keysteps.similar(found.cosine, settings.similarity)}
             return
@@ -195,13 +202,16 @@ class Rehash:
         elif settings.keys == "similarity":
             self._keys = {steps[key] for key in keysteps.similar_count(found.cosine, count)}
         else:
-            self._keys = set(self._least_error(gram, steps, count))
+            self._keys = set(self._least_error(found, gram, count))
 
-    def _least_error(self, gram: np.ndarray, steps: range, count: int) -> list[int]:
-        """By the influence of steps, not squared: what goes wrong early has the later steps to grow in."""
-        corrected = self.settings.mode == "correct" and self._influence is not None
-        shares = np.ones(self.total) if self._influence is None else np.abs(self._influence)
-        return keysteps.least_error(gram, self._rule, steps, count, corrected=corrected, shares=shares)
+    def _least_error(self, found: Calibration, gram: np.ndarray, count: int) -> list[int]:
+        """By the influence of steps, not squared: what goes wrong early has the later steps to grow in. Searched for once."""
+        if self._searched is None or self._searched[0] is not found:
+            corrected = self.settings.mode == "correct" and self._influence is not None
+            shares = np.ones(self.total) if self._influence is None else np.abs(self._influence)
+            keys = keysteps.least_error(gram, self._rule, found.ran, count, corrected=corrected, shares=shares)
+            self._searched = (found, keys)
+        return self._searched[1]
 
     def _keep_calibration(self) -> None:
         """Once the pipeline's generation has run to its end, it tells how alike its steps are."""

@@ -25,7 +25,7 @@ class Settings:
         TypeError, ValueError: no such choice, or two that exclude each other.
     """
 
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     similarity: float | None = None
     threshold: float | None = None
     mode: Mode = "fit"
@@ -44,9 +44,12 @@ class Settings:
         if self.coordinate is not None and self.coordinate not in COORDINATES:
             raise ValueError(f"coordinate: wanted one of {', '.join(COORDINATES)}, got {self.coordinate!r}")
         if self.steps is not None:
-            if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-                raise TypeError(f"steps: wanted an int, got {type(self.steps).__name__}")
-            if self.steps < 3:
+            if isinstance(self.steps, bool) or not isinstance(self.steps, int | tuple):
+                raise TypeError(f"steps: wanted an int, or indices of steps, got {type(self.steps).__name__}")
+            if isinstance(self.steps, tuple):
+                if not all(isinstance(step, int) and step >= 0 for step in self.steps):
+                    raise ValueError(f"steps: wanted indices from 0, got {self.steps}")
+            elif self.steps < 3:
                 raise ValueError(f"steps: wanted 3 or more of the sampler's {LEAST_STEPS} or more, got {self.steps}")
         if self.similarity is not None and not 0 < self.similarity < 1:
             raise ValueError(f"similarity: wanted a cosine between 0 and 1, got {self.similarity}")
@@ -70,11 +73,13 @@ class Settings:
     @property
     def calibrated(self) -> bool:
         """Whether it needs to know how alike steps are."""
-        return self.threshold is None and (self.keys != "uniform" or self.mode in ("fit", "correct"))
+        chosen = isinstance(self.steps, tuple) or self.keys == "uniform"
+        return self.threshold is None and (not chosen or self.mode in ("fit", "correct"))
 
     def __str__(self) -> str:
         wanted = next(
             f"{n} {getattr(self, n)}" for n in ("steps", "similarity", "threshold") if getattr(self, n) is not None
         )
-        keys = "" if self.threshold is not None else f", keys by {self.keys}"
+        chosen = self.threshold is not None or isinstance(self.steps, tuple)
+        keys = "" if chosen else f", keys by {self.keys}"
         return f"{wanted}{keys}, {self.mode} at {self.point}"
