@@ -71,6 +71,8 @@ def refuses(model: nn.Module) -> str | None:
         return f"{type(model).__name__} has a forward of its own"
     if getattr(model, "_parallel_config", None) is not None:
         return "runs in parallel on several devices"
+    if any(getattr(hook, "keeps_tokens", False) for hook in model._forward_pre_hooks.values()):
+        return "tokens are kept from step to step"  # by step rehash, which a step in another order would read
     for module in model.modules():
         registry = vars(module).get("_diffusers_hook")
         foreign = () if registry is None else sorted(registry.hooks.keys() - _HARMLESS)

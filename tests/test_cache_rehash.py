@@ -18,6 +18,10 @@ from tiny_pipelines import PIPELINES, build, denoisers, inputs, run
 import videoattn
 from videoattn.caches import families
 from videoattn.caches.session import rehash_of
+from videoattn.kernels import masked
+from videoattn.policy import Policy, Sparse
+from videoattn.selection.pooled import Pooled
+from videoattn.session import session_of
 
 STEPS = 12
 EVEN = {"steps": 7, "keys": "uniform", "mode": "extrapolate"}  # no calibration
@@ -621,6 +625,35 @@ def test_with_every_preset(preset):
     near = generate("wan", pipe)
     assert len(ran(pipe)) == 7 and (near - full).norm() < 0.3 * full.norm()
     assert "step rehash" in report(pipe) and "policy" in report(pipe)
+
+
+@pytest.mark.parametrize("point", ["output", "first_block"])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("wan", "rehash"),
+        *((name, "attention") for name in ("wan", "hunyuan_video", "hunyuan_video15", "cogvideox_rope", "ltx")),
+    ],
+)
+def test_with_tokens_in_an_order_that_changes_midway(name, point, first, monkeypatch):
+    """All key blocks are kept, so that only a mix of orders would show: the first steps are dense, in raster order."""
+    (backend,) = masked.BACKENDS
+    monkeypatch.setattr(backend, "blocks", lambda call, gaps: (8, 8))
+    policy = Policy(name="test", decision=Sparse(Pooled(density=1.0)), dense_steps=0.3)
+    pipe = make(name, layers=3)
+    videoattn.enable_step_rehash(pipe, **EVEN, point=point)
+    expected = generate(name, pipe)
+    videoattn.disable(pipe)
+    enable = {
+        "attention": lambda: videoattn.enable_fast_attention(pipe, policy, backend="sdpa_masked"),
+        "rehash": lambda: videoattn.enable_step_rehash(pipe, **EVEN, point=point),
+    }
+    for each in sorted(enable, key=lambda each: each != first):
+        enable[each]()
+    made = generate(name, pipe)
+    assert rehash(pipe).reused and (made - expected).norm() <= 1e-3 * expected.norm()
+    orders = {plan.call.order for plan in session_of(pipe.transformer).plans if plan.call.kind in ("full", "joint")}
+    assert ("morton" in orders) == (point == "output")
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

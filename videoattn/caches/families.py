@@ -154,9 +154,9 @@ def blocks(model: nn.Module, family: Family) -> Iterator[tuple[nn.Module, HandOn
             yield found, hand_on
 
 
-def late(model: nn.Module) -> tuple[nn.Module, nn.Module, Iterator[tuple[nn.Module, HandOn]]]:
-    """Of a UNet: the up block before the last, the last one, and what is left out beside it."""
-    *before, giver, last = model.up_blocks
+def late(model: nn.Module) -> tuple[nn.Module, list[tuple[nn.Module, HandOn]]]:
+    """Of a UNet: the up block before the last, and what is left out beside it."""
+    *before, giver, _ = model.up_blocks
+    passing = ([] if model.mid_block is None else [model.mid_block]) + before
     left_out = [(module, down) for module in list(model.down_blocks)[1:]]
-    left_out += [(module, streams(1)) for module in ((model.mid_block,) if model.mid_block is not None else ())]
-    return giver, last, left_out + [(module, streams(1)) for module in before]
+    return giver, left_out + [(module, streams(1)) for module in passing]

@@ -233,7 +233,7 @@ class Rehash:
         if point == "output":
             self._watch_output(model, family, step, past)
         elif point == "late_block":
-            giver, *_ = families.late(model)
+            giver, _ = families.late(model)
             self._stand_ins.watch(giver, lambda module, args, kwargs, out: self._ran(step, past, [_kept(module, out)]))
         else:
             self._watch_residual(model, family, step, past)
@@ -288,17 +288,18 @@ class Rehash:
         guessed = past.guess(step.index, self._rule)
         family, stand_ins = families.family_of(model), self._stand_ins
         if self.settings.point == "output":
-            for module, hand_on in families.blocks(model, family):
-                stand_ins.replace(module, hand_on)
-            for name, tensor in zip(family.output, guessed, strict=True):
-                stand_ins.replace(getattr(model, name), lambda module, args, kwargs, tensor=tensor: tensor)
+            left_out = families.blocks(model, family)
+            places = [getattr(model, name) for name in family.output]
         elif self.settings.point == "late_block":
-            giver, _, left_out = families.late(model)
-            for module, hand_on in left_out:
-                stand_ins.replace(module, hand_on)
-            stand_ins.replace(giver, lambda module, args, kwargs: guessed[0])
+            giver, left_out = families.late(model)
+            places = [giver]
         else:
             self._replace_behind_first(model, family, guessed)
+            return
+        for module, hand_on in left_out:
+            stand_ins.replace(module, hand_on)
+        for module, tensor in zip(places, guessed, strict=True):
+            stand_ins.give(module, tensor)
 
     def _replace_behind_first(self, model: nn.Module, family: families.Family, guessed: list[Tensor]) -> None:
         _, *rest = families.blocks(model, family)
@@ -344,6 +345,11 @@ class Rehash:
         self._stand_ins.watch(first, behind_first)
 
     # -- for reports ---------------------------------------------------------------------------------------------------
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether what is kept lies in the order of the tokens inside of the layers, which must then stay."""
+        return self.settings.point == "first_block"
 
     @property
     def held(self) -> int:
