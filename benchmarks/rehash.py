@@ -9,6 +9,7 @@ cpu       the trained model on a CPU, seconds of a whole generation.
 
     python -m videoattn.benchmarks.rehash --part time
     python -m videoattn.benchmarks.rehash --part quality --model examples/models/tiny-wan
+    python -m videoattn.benchmarks.rehash --part quality --unipc     # Wan's own sampler, which is of second order
     python -m videoattn.benchmarks.rehash --part cpu
     python -m videoattn.benchmarks.rehash --part quality --prompts 2 --frames 17 --height 128 --width 128    # a look, on a CPU
 """
@@ -16,10 +17,11 @@ cpu       the trained model on a CPU, seconds of a whole generation.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,30 @@ def modes(run: int, unet: bool) -> dict[str, Options]:
     return made
 
 
+@contextlib.contextmanager
+def on_grid(scheduler: Any, keys: Sequence[int]) -> Iterator[None]:
+    """A sampler over sigmas that knows only some of its steps."""
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][keys], scheduler.sigmas[-1:]])
+        scheduler.timesteps = scheduler.timesteps[keys]
+        scheduler.num_inference_steps = len(keys)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
+
+
+def with_unipc(pipe: Any) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    shift = pipe.scheduler.config.shift
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
 def above(points: Mapping[str, float], case: str, controls: Sequence[str]) -> float:
     """How many dB a case is above the best of its controls."""
     return points[case] - max(points[control] for control in controls)
@@ -204,6 +230,9 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
         frames=args.frames or largest.frames, height=args.height or largest.height, width=args.width or largest.width
     )
     steps, name = args.steps or STEPS, args.model.name
+    if args.unipc:
+        with_unipc(pipe)
+        name = f"{name} with UniPC"
     prompts = [scene.caption() for scene in held_out_scenes(args.prompts + CALIBRATED_ON)]
     compared, others = prompts[: args.prompts], prompts[args.prompts :]
     full, points = None, {}
@@ -242,11 +271,15 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
             for case, options in {**held(run), **modes(run, unet)}.items():
                 if args.only is not None and case != DEFAULT and not any(part in case for part in args.only):
                     continue
-                keys = rehashed(of + case, options, calibration)
+                keys = sorted(rehashed(of + case, options, calibration))
                 if case == DEFAULT:
                     controls.append(f"{of}hold, keys of {case}")
-                    rehashed(controls[-1], {"steps": sorted(keys), "mode": "hold"}, calibration)
+                    rehashed(controls[-1], {"steps": keys, "mode": "hold"}, calibration)
                 videoattn.disable(pipe)
+                if args.unipc and (case == DEFAULT or case in held(run)):  # here no held output
+                    controls.append(f"{of}plain sampler, keys of {case}")
+                    with on_grid(pipe.scheduler, keys):
+                        record(controls[-1], clips(compared), run)
             known = [control for control in controls if control in points]
             figures = [
                 {
@@ -261,7 +294,7 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
             results.append_figures("rehash_quality", figures, env, args.results)
             for figure in sorted(figures, key=lambda figure: -figure["value"]):
                 print(f"{figure['case']:60s} {figure['value']:+.2f} dB above the best control")
-            if run == args.run[0]:
+            if run == args.run[0] and not args.unipc:
                 value = above(points, of + DEFAULT, known)
                 row = {
                     "case": f"{name} rehash",
@@ -326,6 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of the sampler (default: the model's usual ones)")
     parser.add_argument("--run", type=int, nargs="+", default=(13,), help="how many of them run; the first counts")
     parser.add_argument("--only", nargs="+", help="parts of the names of modes that run beside the default")
+    parser.add_argument("--unipc", action="store_true", help="quality of tiny-wan with that sampler")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)

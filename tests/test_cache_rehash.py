@@ -758,6 +758,20 @@ def test_a_denoiser_compiled_as_a_whole_runs_every_step(how):
     torch._dynamo.reset()
 
 
+def test_a_modular_pipeline():
+    from diffusers.modular_pipelines import WanBlocks
+
+    modular = WanBlocks().init_pipeline()
+    modular.update_components(**make("wan").components)
+    modular.set_progress_bar_config(disable=True)
+    videoattn.enable_step_rehash(modular, **EVEN)
+    size = {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": STEPS, "max_sequence_length": 32}
+    modular(prompt="a red cube", negative_prompt="blurry", output="latents", **size)
+    assert len(ran(modular)) == 7 and len(rehash(modular).reused) == 5
+    videoattn.disable(modular)
+    assert rehash(modular) is None
+
+
 def test_swapped_blocks_are_met(monkeypatch):
     """FreeNoise swaps the transformers inside of blocks; a user may swap a block."""
     pipe = videoattn.enable_step_rehash(euler_wan(), **EVEN)
