@@ -31,6 +31,7 @@ from tiny_animatediff import (
     new_scheduler,
     new_text_encoder,
     new_unet,
+    number_frames,
     save,
 )
 from tiny_model import new_tokenizer
@@ -146,6 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--noisier", type=float, default=1.0, help="multiplies the shift of the noise levels")
     parser.add_argument("--pure-noise", type=float, default=0.15, help="share of clips that are noise and nothing else")
+    parser.add_argument("--number-frames", action="store_true", help="with --start-from: anew, see `number_frames`")
     args = parser.parse_args()
     device = prepare(args.seed)
     courses = [(SMOKE if args.smoke else COURSES)[height] for height in args.sizes]
@@ -156,6 +158,8 @@ def main() -> None:
     else:
         unet = UNetMotionModel.from_pretrained(args.start_from / "unet", dtype=torch.float32)
         text_encoder = CLIPTextModel.from_pretrained(args.start_from / "text_encoder", dtype=torch.float32)
+        if args.number_frames:
+            number_frames(unet)
     unet, text_encoder = unet.to(device).train(), text_encoder.to(device).train()
     prepare_unet(unet, args.compile)
     trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, decay=0.998)
