@@ -85,7 +85,11 @@ def comparison(name: str, own: Sequence[float], base: Sequence[float]) -> Compar
 
 def generations(name: str, size: tuple[int, int, int], steps: int, run: int, device: str, folder: Path):
     """(pipe, {what: a function that makes one generation of it}) of a model with random weights; all warm, and calibrated."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     pipe = models.load(name, device=device)
+    if name == DIT[0]:  # as the trained model has it; what rehash costs in quality depends on it, and no time does
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
     pipe.set_progress_bar_config(disable=True)
     height, width, frames = size
     arguments = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps}

@@ -223,10 +223,11 @@ def test_exact_where_outputs_are_polynomials(name, mode, degree, monkeypatch):
     torch.testing.assert_close(near, full, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wan", "svd", "cogvideox"])
+@pytest.mark.parametrize("name", ["euler_wan", "svd", "cogvideox"])
 def test_the_default_is_nearer_than_to_hold(name):
     """It calibrates in a first generation, which runs in full, bit for bit."""
-    pipe = make(name)
+    pipe = euler_wan() if name == "euler_wan" else make(name)
+    name = name.removeprefix("euler_")
     full = generate(name, pipe)
     videoattn.enable_step_rehash(pipe, steps=7)
     assert torch.equal(generate(name, pipe), full)
@@ -236,6 +237,15 @@ def test_the_default_is_nearer_than_to_hold(name):
     videoattn.enable_step_rehash(pipe, steps=7, keys="uniform", mode="hold")
     held = generate(name, pipe)
     assert (best - full).norm() < 0.7 * (held - full).norm()
+
+
+def test_the_default_with_a_multistep_sampler():
+    """Guesses go wrong there; see docs/rehash.md."""
+    pipe = videoattn.enable_step_rehash(make("wan"), steps=7)
+    for _ in range(2):
+        generate("wan", pipe)
+    assert "steps 7, keys by similarity, fit at output" in report(pipe)
+    assert "the sampler is a multistep one, for which no mode measured was better" in report(pipe)
 
 
 @pytest.mark.parametrize(

@@ -147,10 +147,10 @@ def enable_step_rehash(
         threshold: instead, with point "first_block": a step runs where the first block's output has changed more, relatively.
         mode: what a step that does not run gives. "hold": the last output; "extrapolate", "extrapolate2": a line or a parabola
             through the last ones; "fit": the weights of the last two that were best in a calibration; "correct": "fit", and the
-            next step that runs makes up for what was guessed wrong. Default: "correct"; "extrapolate" with threshold; "fit" at
-            another point.
+            next step that runs makes up for what was guessed wrong. Default: "correct"; "fit" at another point or with a
+            multistep sampler; "extrapolate" with threshold.
         keys: which steps run: those with which a calibration's "error" is the least; "similarity", the search of Zhan et al.
-            (NeurIPS 2024), default with the argument of that name; or "uniform".
+            (NeurIPS 2024), default with multistep samplers and the argument of that name; or "uniform".
         point: what is reused: the network's "output"; of UNets what the last up block is given, "late_block"; of transformers
             what all blocks behind the first one add, "first_block".
         coordinate: over which modes extrapolate: "sigma", "log_snr", "timestep"; by the scheduler where None.
@@ -171,13 +171,12 @@ def enable_step_rehash(
     models = _denoisers(pipe)
     if isinstance(pipe, nn.Module) or not hasattr(pipe, "scheduler"):
         raise ValueError(f"step rehash: wanted a pipeline, whose scheduler tells the steps, got {_name(pipe)}")
-    usual = "extrapolate" if threshold is not None else "correct" if point == "output" else "fit"
     settings = Settings(
         steps=tuple(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else steps,
         similarity=similarity,
         threshold=threshold,
-        mode=mode or usual,
-        keys=keys or ("error" if similarity is None else "similarity"),
+        mode=mode,
+        keys=keys,
         point=point,
         coordinate=coordinate,
         calibration=None if calibration is None else Path(calibration),

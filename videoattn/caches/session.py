@@ -45,7 +45,8 @@ class Rehash:
         if reason is not None:
             raise ValueError(f"step rehash: wanted a denoiser that can leave blocks out, got one that cannot: {reason}")
         self.model_name = type(model).__name__
-        self.settings = settings
+        self.asked = settings
+        self.settings = settings.resolved(multistep=False)  # of this generation
         self.siblings: list[Rehash] = [self]  # of the pipeline's denoisers; each knows what it has run
         self.why_full = ""  # why every step of this generation runs, if it does
         self.ran: set[int] = set()  # steps of this generation
@@ -67,6 +68,7 @@ class Rehash:
         self._known = range(0)  # the steps that a calibration tells about
         self._influence: np.ndarray | None = None
         self._searched: tuple[Calibration, list[int]] | None = None
+        self._multistep = False  # the scheduler
         self._online = False  # what this step's first branch was decided to be, by its first block
         self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -145,7 +147,9 @@ class Rehash:
         self.why_full = self._refuses(model, scheduler, step)
         if self.why_full:
             return
-        settings, at = self.settings, timetable.coordinates(scheduler, self.settings.coordinate)
+        self._multistep = timetable.multistep(scheduler)
+        settings = self.settings = self.asked.resolved(self._multistep)
+        at = timetable.coordinates(scheduler, settings.coordinate)
         self._rule = Polynomial(terms=settings.terms, at=at)
         self._known = range(self.total)
         if settings.mode == "correct" or settings.keys == "error":
@@ -371,6 +375,8 @@ class Rehash:
             yield f"last generation: {len(self.ran)} of {self.total} steps ran{partly}, {len(self.reused)} reused; {shown(self.held)} held"
             if self.missing:
                 yield f"{len(self.missing)} more steps ran than asked for: a branch had no past of its own"
+            if self._multistep:
+                yield "the sampler is a multistep one, for which no mode measured was better than fewer steps at the same places"
             if self.settings.mode == "correct" and self._influence is None:
                 yield "nothing is corrected: the scheduler draws noise, or takes other arguments than most"
 

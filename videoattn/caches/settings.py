@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -28,8 +28,8 @@ class Settings:
     steps: int | tuple[int, ...] | None = None
     similarity: float | None = None
     threshold: float | None = None
-    mode: Mode = "fit"
-    keys: Keys = "error"
+    mode: Mode | None = None
+    keys: Keys | None = None
     point: Point = "output"
     coordinate: Coordinate | None = None
     calibration: Path | None = None
@@ -39,7 +39,7 @@ class Settings:
         if len(given) != 1:
             raise ValueError(f"step rehash: wanted one of steps, similarity and threshold, got {given or 'none'}")
         for name, known in (("mode", MODES), ("keys", KEYS), ("point", POINTS)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in (known if name == "point" else (None, *known)):
                 raise ValueError(f"{name}: wanted one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.coordinate is not None and self.coordinate not in COORDINATES:
             raise ValueError(f"coordinate: wanted one of {', '.join(COORDINATES)}, got {self.coordinate!r}")
@@ -63,8 +63,22 @@ class Settings:
             raise ValueError(
                 "threshold: wanted mode hold or extrapolate, which need no steps that are known ahead, got 'fit'"
             )
-        if self.similarity is not None and self.keys != "similarity":  # "error" and "uniform" need a number of steps
+        if self.similarity is not None and self.keys not in (
+            None,
+            "similarity",
+        ):  # "error" and "uniform" need a number of steps
             raise ValueError(f"similarity: wanted keys 'similarity', got {self.keys!r}")
+
+    def resolved(self, multistep: bool) -> Settings:
+        """With what was left open chosen by measurement (docs/rehash.md).
+
+        Args:
+            multistep: whether the sampler takes differences of outputs, to which guesses do harm.
+        """
+        best = "correct" if self.point == "output" and not multistep else "fit"
+        usual = "error" if self.similarity is None and not multistep else "similarity"
+        mode = "extrapolate" if self.threshold is not None else best
+        return replace(self, mode=self.mode or mode, keys=self.keys or usual)
 
     @property
     def terms(self) -> int:

@@ -31,6 +31,11 @@ def refuses(scheduler: object) -> str | None:
     return None
 
 
+def multistep(scheduler: object) -> bool:
+    """Whether a sampler reads the outputs of several steps at once (UniPC, DPM-Solver++, DEIS)."""
+    return (getattr(scheduler.config, "solver_order", None) or 1) > 1
+
+
 def coordinates(scheduler: object, which: Coordinate | None = None) -> np.ndarray:
     """Where the steps lie on the axis that outputs are extrapolated over, float64 [N].
 
