@@ -3,7 +3,7 @@
 denoiser    what one call makes above its weights: as diffusers runs it, with diffusers' own switches, and sliced, with the
             times of all; fast attention is on where slices are and where they are not ("unsliced")
 decoder     the same of one call of the VAE's `decode`, which has no attention of ours
-generation  the peak of a whole generation of few steps, weights and VAE included; also with the host's switch that changes
+generation  the peak of a whole generation of few steps, weights and VAE included; also with a switch that changes
             the video, where a case has one, and what that costs in dB (on random weights)
 prediction  what the twin on the meta device foretold against what the device measured, of the denoiser and of the decoder
 
@@ -39,8 +39,7 @@ class Case:
     """Args:
     size: height, width, frames.
     denoiser, decoder: GiB that each may make above what lies there; a generation has the larger of both above the weights.
-    lossy: an argument of the pipeline's call that saves memory of the decoder and changes the video. With it a generation has
-        the denoiser's.
+    lossy: an option of slicing that saves memory of the decoder and changes the video. With it a generation has the denoiser's.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Case:
 
 CASES = (
     Case(name="animatediff", size=(576, 1024, 16), denoiser=1.6, decoder=1.6),
-    Case(name="svd-xt", size=(576, 1024, 25), denoiser=3.0, decoder=6.5, lossy=(("decode_chunk_size", 8),)),
+    Case(name="svd-xt", size=(576, 1024, 25), denoiser=3.0, decoder=6.5, lossy=(("vae_frames", 8),)),
     Case(name="wan-1.3b", size=(480, 832, 81), denoiser=0.8, decoder=3.6),
 )
 SMALL = 2**28  # beside the weights: buffers, embeddings of the text, latents, what cuBLAS keeps
@@ -201,7 +200,7 @@ def _decoded(pipe: object, case: Case) -> tuple[torch.Tensor, dict[str, object]]
     return seen.call
 
 
-def call_of(pipe: object, case: Case, steps: int, **more: object) -> Callable[[], object]:
+def call_of(pipe: object, case: Case, steps: int) -> Callable[[], object]:
     """A generation; a picture where the pipeline takes one."""
     from PIL import Image
 
@@ -212,7 +211,6 @@ def call_of(pipe: object, case: Case, steps: int, **more: object) -> Callable[[]
         arguments["decode_chunk_size"] = frames
     else:
         arguments["prompt"] = "a cat walks on the grass"
-    arguments.update(more)
 
     def call() -> object:
         generator = torch.Generator(pipe.device.type).manual_seed(0)
@@ -229,15 +227,16 @@ def generation(case: Case, device: torch.device, steps: int) -> Iterator[Figure]
     weights = sum(
         x.nbytes for part in pipe.components.values() if isinstance(part, nn.Module) for x in part.parameters()
     )
+    call = call_of(pipe, case, steps)
     runs = {"plain": {}, "sliced": {}} | ({"sliced, lossy": dict(case.lossy)} if case.lossy else {})
     allowed = {"sliced": max(case.denoiser, case.decoder), "sliced, lossy": case.denoiser}
     for name, more in runs.items():
         if name in allowed:
             videoattn.enable_fast_attention(pipe, "exact")
-            videoattn.enable_feature_slicing(pipe, memory=int(weights + SMALL + allowed[name] * 2**30))
-        made, call = [], call_of(pipe, case, steps, **more)
+            videoattn.enable_feature_slicing(pipe, memory=int(weights + SMALL + allowed[name] * 2**30), **more)
+        made = []
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        peaks[name] = before + peak(lambda made=made, call=call: made.append(call()), device)
+        peaks[name] = before + peak(lambda made=made: made.append(call()), device)
         video = made.pop()
         videos[name] = (video if isinstance(video, torch.Tensor) else torch.stack(list(video))).cpu()
         yield gib(case, f"peak {name}", peaks[name])

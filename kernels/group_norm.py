@@ -446,8 +446,8 @@ def normalise(x: Tensor, scale: Tensor, shift: Tensor, *, silu: bool = False, ou
     return out
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> Tensor:
-    """`norm(x)` of x [B, C, ...], and SiLU of it if asked for, in x's dtype and layout.
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False, out: Tensor | None = None) -> Tensor:
+    """`norm(x)` of x [B, C, ...], and SiLU of it if asked for, in x's dtype and layout; `out` as of `normalise`.
 
     Raises:
         ValueError: as `moments`; channels other than the norm's.
@@ -460,4 +460,4 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool = False) -> Tensor:
     launch = _merge_plan(batch, channels, norm.num_groups, cut, 0, x.device)
     with on_device_of(x):
         launch(_norm_merge, (partials, None, None, None, None, norm.weight, norm.bias, scale, shift), norm.eps)
-    return normalise(x, scale, shift, silu=silu)
+    return normalise(x, scale, shift, silu=silu, out=out)

@@ -37,7 +37,7 @@ def ours(monkeypatch):
             return call
 
     monkeypatch.setattr(slicing_norm, "_kernels", lambda x: None if x.is_meta or x.numel() == 0 else Kernels())
-    monkeypatch.setattr(slicing_norm, "_pays", lambda norm, x: x.numel() > 0)
+    monkeypatch.setattr(slicing_norm, "_pays", lambda norm, x, device: x.numel() > 0)
     return calls
 
 
@@ -250,7 +250,7 @@ def test_on_the_cpu_nothing_changes():
 def test_when_it_pays():
     def used(x, norm=None):
         norm = normed(32, x.shape[1], x.dtype) if norm is None else norm
-        return slicing_norm._pays(norm, x) and slicing_norm._kernels(x) is not None
+        return slicing_norm._pays(norm, x, x.device) and slicing_norm._kernels(x) is not None
 
     x = torch.randn(2, 128, 256, 256, device="cuda", dtype=torch.float16)
     assert used(x) and used(x.to(memory_format=torch.channels_last))

@@ -114,5 +114,41 @@ def test_tiles_are_off_unless_asked_for_and_off_again_afterwards():
         videoattn.enable_feature_slicing(pipe.unet, slices=2, vae_tiling=True)
 
 
+def test_few_frames_at_a_time_are_off_unless_asked_for():
+    """As the pipeline's own argument has them, which changes what a decoder gives that mixes frames, and the report says it."""
+    pipe = build("svd")
+    whole = video("svd", pipe)
+    frames = whole.shape[1] - 1
+    few = video("svd", pipe, decode_chunk_size=frames)
+    assert not torch.allclose(few, whole, atol=1e-3)
+    videoattn.enable_feature_slicing(pipe, memory="1TiB")
+    close(video("svd", pipe), whole)
+    videoattn.enable_feature_slicing(pipe, memory="1TiB", vae_frames=frames)
+    close(video("svd", pipe), few)
+    assert slicing_of(pipe.vae).choices.keys() and len(slicing_of(pipe.vae).choices) == 2  # of the rest too
+    assert f"decodes {frames} frames at a time" in str(videoattn.report(pipe))
+    assert "this changes the video" in str(videoattn.report(pipe))
+    pipe = build("animatediff")
+    expected = video("animatediff", pipe)
+    videoattn.enable_feature_slicing(pipe, slices=2, vae_frames=3)
+    close(video("animatediff", pipe), expected)
+    assert "this changes the video" not in str(videoattn.report(pipe))
+    with pytest.raises(ValueError, match="vae_frames: wanted a pipeline whose VAE takes frames"):
+        videoattn.enable_feature_slicing(build("wan"), slices=2, vae_frames=2)
+    for wrong in (0, True, 2.5):
+        with pytest.raises(ValueError, match="vae_frames: wanted an int of 1 or more"):
+            videoattn.enable_feature_slicing(pipe, slices=2, vae_frames=wrong)
+
+
+def test_a_budget_knows_how_many_frames_are_decoded_at_once():
+    pipe = build("svd")
+    videoattn.enable_feature_slicing(pipe, memory="1TiB")
+    whole = video("svd", pipe)
+    most = slicing_of(pipe.vae).choice.activations
+    videoattn.enable_feature_slicing(pipe, memory="1TiB", vae_frames=whole.shape[1] // 2)
+    video("svd", pipe)
+    assert max(choice.activations for choice in slicing_of(pipe.vae).choices.values()) < 0.7 * most
+
+
 def test_every_name_is_of_a_pipeline():
     assert set(SLICED) | set(WITH_VAE) <= set(PIPELINES)

@@ -73,6 +73,7 @@ def enable_feature_slicing(
     memory: int | str | None = None,
     slices: int | None = None,
     vae: bool = True,
+    vae_frames: int | None = None,
     vae_tiling: bool = False,
 ) -> Pipe:
     """Run a pipeline's denoisers, and its VAE's decoder, slice by slice: the same videos in less memory. In place; calling
@@ -84,8 +85,9 @@ def enable_feature_slicing(
             are chosen for each size of video, before its first step.
         slices: instead: into how many slices every group of operators is cut.
         vae: whether the decoder is sliced too.
-        vae_tiling: whether it also decodes in tiles, by its own switch, until disabled. This changes the videos; nothing else
-            here does.
+        vae_frames: how many frames a decoder that takes the whole video at once is given at a time, as by the pipeline's
+            `decode_chunk_size`. This changes the videos of a decoder that mixes frames (Stable Video Diffusion), and
+        vae_tiling: whether the decoder works in tiles, by its own switch, until disabled, does so too; nothing else here does.
 
     Returns:
         `pipe` itself.
@@ -106,9 +108,14 @@ def enable_feature_slicing(
         raise ValueError(f"slices: wanted 1 or more, got {slices}")
     options = {"slices": slices, "budget": None if memory is None else budget.parse(memory)}
     found = list(_sliced_models(pipe, vae=vae))
+    if vae_frames is not None and (isinstance(vae_frames, bool) or not isinstance(vae_frames, int) or vae_frames < 1):
+        raise ValueError(f"vae_frames: wanted an int of 1 or more, got {vae_frames!r}")
+    if vae_frames is not None and not any(type(model).__name__ in decoding.OF_FRAMES for model, _ in found):
+        raise ValueError(f"vae_frames: wanted a pipeline whose VAE takes frames as rows of a batch, got {_name(pipe)}")
     if vae_tiling and not any(entry == "decode" and hasattr(model, "use_tiling") for model, entry in found):
         raise ValueError(f"vae_tiling: wanted a pipeline with a VAE that decodes in tiles, got {_name(pipe)}")
-    made = [Slicing(model, entry, tiling=vae_tiling and entry == "decode", **options) for model, entry in found]
+    lossy = {"tiling": vae_tiling, "frames": vae_frames}
+    made = [Slicing(model, entry, **options, **(lossy if entry == "decode" else {})) for model, entry in found]
     for slicing in made:
         previous = slicing_of(slicing.model)
         if previous is not None:

@@ -29,6 +29,11 @@ class Switch:
     why: str
 
 
+def mixes_frames(vae: nn.Module) -> bool:
+    """Whether frames that are rows of a batch see each other in one call of `decode`."""
+    return type(vae).__name__ in _TEMPORAL
+
+
 def host_switches(pipe: object) -> Iterator[Switch]:
     """Those that this pipeline has."""
     vae = getattr(pipe, "vae", None)
@@ -43,7 +48,7 @@ def host_switches(pipe: object) -> Iterator[Switch]:
             why="tiles are decoded without what surrounds them, and blended where they overlap",
         )
     if "decode_chunk_size" in inspect.signature(type(pipe).__call__).parameters:
-        temporal = type(vae).__name__ in _TEMPORAL
+        temporal = mixes_frames(vae)
         why = "frames of another chunk are not seen" if temporal else "frames are decoded one by one anyway"
         yield Switch(name="decode_chunk_size", exact=not temporal, why=why)
 

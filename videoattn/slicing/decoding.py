@@ -21,6 +21,10 @@ def _images(sample: Tensor, channels: int) -> tuple[tuple[int, ...], dict]:
     return (min(frames, AT_ONCE), channels, rows, columns), {}
 
 
+OF_FRAMES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
+"""Classes of VAEs that take frames as rows of a batch."""
+
+
 def _frames(sample: Tensor, channels: int) -> tuple[tuple[int, ...], dict]:
     """sample [B, T, C, Y, X], whose channels hold the condition too."""
     _, frames, _, rows, columns = sample.shape
@@ -59,4 +63,7 @@ class _Ahead:
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         latents_of, channels = LATENTS[type(model).__name__]
         shape, options = latents_of(sample, model.config[channels])
+        if self.decode.frames is not None:
+            frames = min(self.decode.frames, shape[0])
+            shape, options = (frames, *shape[1:]), {name: frames for name in options}
         self.decode.chosen((torch.empty(shape, dtype=model.dtype, device="meta"),), options)

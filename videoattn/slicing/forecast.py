@@ -92,11 +92,12 @@ def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     if x.ndim < 4 or any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in (x, weight)):
         return 0
+    copied = 0 if x.is_contiguous() else x.nbytes
     largest = max(x.numel(), out.numel())
     if largest < INDEXED and weight[0, 0].numel() == 1:
-        return 0
+        return copied
     rows = len(x) if largest < INDEXED else max(1, INDEXED // (largest // len(x)))
-    return (x.nbytes + out.nbytes) * rows // len(x) + weight.nbytes
+    return (x.nbytes + out.nbytes) * rows // len(x) + weight.nbytes + copied
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -77,12 +77,12 @@ class Statistics:
         silu: of the fp32 value, so that there is one rounding, where an operator behind this would round twice.
         """
         if x.is_meta:
-            return torch.empty_like(x)
+            return _room(x)
         if self._scale is None:
             self._scale, self._shift = self._affine(x)
         kernels = _kernels(x)
         if kernels is not None:
-            return kernels.normalise(x, self._scale, self._shift, silu=silu)
+            return kernels.normalise(x, self._scale, self._shift, silu=silu, out=_room(x))
         shape = (x.shape[0], -1, *(1,) * (x.ndim - 2))
         y = torch.addcmul(self._shift.view(shape), x.float(), self._scale.view(shape))
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
@@ -127,10 +127,12 @@ class FewRows:
 
     Args:
         root: all norms in it of the class nn.GroupNorm itself.
+        stands_for: of a twin on the meta device, the device of what it is the twin of: there our kernels would run, and what
+            they give has another layout than what torch gives.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        kind = Sliced(groups=("rows",), forward=_few_rows)
+    def __init__(self, root: nn.Module, stands_for: torch.device | None = None) -> None:
+        kind = Sliced(groups=("rows",), forward=functools.partial(_few_rows, stands_for=stands_for))
         norms = (each for each in root.named_modules() if type(each[1]) is nn.GroupNorm)
         self.forwards = [SlicedForward(name, norm, kind) for name, norm in norms]
         for forward in self.forwards:
@@ -145,21 +147,29 @@ class FewRows:
             forward.remove()
 
 
-def _few_rows(norm: nn.GroupNorm, groups: Groups, input: Tensor) -> Tensor:
+def _few_rows(norm: nn.GroupNorm, groups: Groups, input: Tensor, *, stands_for: torch.device | None) -> Tensor:
     """`norm(input)`; in the place of its forward."""
-    kernels = _kernels(input) if _pays(norm, input) else None
-    return nn.GroupNorm.forward(norm, input) if kernels is None else kernels.group_norm(input, norm)
+    if stands_for is not None and _pays(norm, input, stands_for) and _module(stands_for) is not None:
+        return _room(input)
+    kernels = _kernels(input) if _pays(norm, input, input.device) else None
+    return nn.GroupNorm.forward(norm, input) if kernels is None else kernels.group_norm(input, norm, out=_room(input))
 
 
-def _pays(norm: nn.GroupNorm, x: Tensor) -> bool:
+def _room(x: Tensor) -> Tensor:
+    """For a normalised x [B, C, ...]: in its layout, but of a video [B, C, T, H, W] contiguous, as torch's own GroupNorm gives
+    it; a convolution over time would copy anything else first."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format if x.ndim == 5 else torch.preserve_format)
+
+
+def _pays(norm: nn.GroupNorm, x: Tensor, device: torch.device) -> bool:
     """Whether torch would leave most of the card idle, and a norm by our kernels is the same norm."""
-    if x.device.type != "cuda" or x.numel() < LEAST or torch.is_autocast_enabled("cuda"):
+    if device.type != "cuda" or x.numel() < LEAST or torch.is_autocast_enabled("cuda"):
         return False
     if norm.weight is not None:
         needs_grad = torch.is_grad_enabled() and norm.weight.requires_grad
         if needs_grad or norm.weight.device != x.device or norm.weight.dtype not in (x.dtype, torch.float32):
             return False
-    return x.shape[0] * norm.num_groups < PROGRAMS * _multiprocessors(x.device)
+    return x.shape[0] * norm.num_groups < PROGRAMS * _multiprocessors(device)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from videoattn.slicing import forecast
 from videoattn.slicing.budget import shown
-from videoattn.slicing.decoder_switches import tile
+from videoattn.slicing.decoder_switches import mixes_frames, tile
 from videoattn.slicing.handover import connect
 from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.norm import FewRows
@@ -64,6 +64,7 @@ class Slicing:
         slices: of every group; or None, and
         budget: bytes on the device that a call must not pass.
         tiling: of a VAE, whether to switch on the host's own tiling, which changes videos.
+        frames: of a VAE that takes frames as rows of a batch, how many at a time; where it mixes frames, this changes videos.
 
     Raises:
         ValueError: nothing in it can be sliced.
@@ -77,12 +78,14 @@ class Slicing:
         slices: int | None = None,
         budget: int | None = None,
         tiling: bool = False,
+        frames: int | None = None,
     ) -> None:
         self.model = model
         self.entry = entry
         self.slices = slices
         self.budget = budget
         self.tiling = tiling
+        self.frames = frames
         self._untile: Callable[[], None] | None = None
         self.refused: list[tuple[str, str]] = []
         self.sites = [SlicedForward(where, module, kind) for where, module, kind in sliceable(model, self.refused)]
@@ -154,15 +157,15 @@ class Slicing:
         connect(sites.values())
         for site in sites.values():
             site.install()
+        gpu = _gpu(self.model)
+        FewRows(twin, stands_for=gpu).install()
         args, kwargs = forecast.on_meta((args, kwargs))
         call = twin if self.entry == "forward" else twin.decode
         allowed = self.budget - resident
 
         def told() -> tuple[Choice, dict[forecast.Place, int]]:
             try:
-                peak, most = forecast.peak(
-                    lambda: call(*args, **kwargs), sites.values(), workspaces=_on_gpu(self.model)
-                )
+                peak, most = forecast.peak(lambda: call(*args, **kwargs), sites.values(), workspaces=gpu is not None)
             except RuntimeError as error:  # what torch raises where something needs values
                 raise ValueError(
                     f"memory: {type(self.model).__name__}.{self.entry} does not run on the meta device, which foretells what "
@@ -217,6 +220,10 @@ class Slicing:
             )
         if self.tiling:
             yield "decodes in tiles, by the host's own switch: this changes the video"
+        if self.frames is not None:
+            yield f"decodes {self.frames} frames at a time" + (
+                ", which do not see those of another: this changes the video" if mixes_frames(self.model) else ""
+            )
         for name, reason in self.refused:
             yield f"{name} stays whole: {reason}"
         if any(module._compiled_call_impl is not None for module in self.model.modules()):
@@ -229,10 +236,24 @@ class _Decode:
     def __init__(self, slicing: Slicing) -> None:
         self.slicing = slicing
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, z: Tensor, *args, **kwargs):
+        frames = self.slicing.frames
+        if frames is None or len(z) <= frames:
+            return self._once(z, *args, **kwargs)
+        made = [self._once(part, *args, **_counted(kwargs, len(part))) for part in z.split(frames)]
+        if isinstance(made[0], tuple):
+            return (torch.cat([each[0] for each in made]),)
+        return type(made[0])(sample=torch.cat([each.sample for each in made]))
+
+    def _once(self, *args, **kwargs):
         model = self.slicing.model
         self.slicing(model, args, kwargs)
         return type(model).decode(model, *args, **kwargs)
+
+
+def _counted(options: dict, frames: int) -> dict:
+    """Of `decode`, for so many frames."""
+    return options | ({"num_frames": frames} if "num_frames" in options else {})
 
 
 def sliceable(root: nn.Module, refused: list[tuple[str, str]]) -> Iterator[tuple[str, nn.Module, Sliced]]:
@@ -263,9 +284,12 @@ def _over(site: SlicedForward, most: dict[forecast.Place, int], allowed: int) ->
         yield site.name, name
 
 
-def _on_gpu(model: nn.Module) -> bool:
-    """Whether its convolutions run on a GPU, now or where offloading will bring it."""
-    return torch.cuda.is_available() or next(model.parameters()).device.type == "cuda"
+def _gpu(model: nn.Module) -> torch.device | None:
+    """The GPU that a model runs on, now or where offloading will bring it."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _resident(model: nn.Module) -> int:
