@@ -38,7 +38,7 @@ from videoattn.caches.session import rehash_of
 UNET = ("animatediff", (576, 1024, 16), 25, 13)
 DIT = ("wan-1.3b", (480, 832, 81), 50, 25)
 CALIBRATED_ON = 4  # prompts, none of those that are compared
-DEFAULT = "correct, error"
+DEFAULT = "correct, similarity"
 THRESHOLDS = (0.05, 0.1, 0.2)
 
 Options = dict[str, Any]

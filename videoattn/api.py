@@ -156,8 +156,8 @@ def enable_step_rehash(
             through the last ones; "fit": the weights of the last two that were best in a calibration; "correct": "fit", and the
             next step that runs makes up for what was guessed wrong. Default: "correct"; "fit" at another point or with a
             multistep sampler; "extrapolate" with threshold.
-        keys: which steps run: those with which a calibration's "error" is the least; "similarity", the search of Zhan et al.
-            (NeurIPS 2024), default with multistep samplers and the argument of that name; or "uniform".
+        keys: which steps run, "similarity" by the search of Zhan et al. (NeurIPS 2024); those with which a calibration's "error"
+            is the least; or "uniform".
         point: what is reused: the network's "output"; of UNets what the last up block is given, "late_block"; of transformers
             what all blocks behind the first one add, "first_block".
         coordinate: over which modes extrapolate: "sigma", "log_snr", "timestep"; by the scheduler where None.

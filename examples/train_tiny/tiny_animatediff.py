@@ -16,9 +16,8 @@ from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from tiny_model import TEXT_WIDTH, new_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-SMALL = Size(frames=16, height=128, width=128)
-DEMO = Size(frames=16, height=192, width=192)
-LARGEST = Size(frames=16, height=256, width=256)
+DEMO = Size(frames=16, height=128, width=128)
+LARGEST = Size(frames=16, height=192, width=192)
 
 LATENT_CHANNELS = 8
 LATENT_PIXELS = 8  # on a side
@@ -39,7 +38,7 @@ def new_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        sample_size=DEMO.height,
+        sample_size=LARGEST.height,
         scaling_factor=1.0,  # `standardise` has the weights do it
     )
 
@@ -53,7 +52,7 @@ def new_unet(widths: Sequence[int] = WIDTHS) -> UNetMotionModel:
     """
     heads = tuple(width // HEAD_DIM for width in widths)
     unet = UNetMotionModel(
-        sample_size=DEMO.height // LATENT_PIXELS,
+        sample_size=LARGEST.height // LATENT_PIXELS,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlockMotion",) * len(widths),

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from evaluate import vae_psnr
 from render import render
 from scenes import held_out_scenes, sample_scene
-from tiny_animatediff import DEMO, LARGEST, SMALL, encode, new_vae, standardise
+from tiny_animatediff import DEMO, LARGEST, encode, new_vae, standardise
 from torch import nn
 from training import Budget, Course, Log, Trainer, graphed_steps, half_call, options, prepare, train
 
@@ -104,7 +104,7 @@ def main() -> None:
 
     trainer.load_average()
     steps.clear()
-    sizes = (courses[-1].size,) if args.smoke else (SMALL, DEMO, LARGEST)
+    sizes = (courses[-1].size,) if args.smoke else (DEMO, LARGEST)
     standardise(vae, *latent_statistics(vae, rng, sizes))
     vae.to(torch.float16).save_pretrained(args.run / "vae")
     vae.to(torch.float32)

@@ -25,7 +25,6 @@ from tiny_animatediff import (
     LATENT_CHANNELS,
     LATENT_PIXELS,
     PROMPT_TOKENS,
-    SMALL,
     WIDTHS,
     encode,
     new_scheduler,
@@ -42,14 +41,12 @@ PEAK_RATE = 1e-3
 EMPTY_PROMPTS = 0.1  # for classifier-free guidance
 
 COURSES = {  # by height
-    128: Course(size=SMALL, batch=48, share=0.4, shift=2.0, start=0.0),
-    192: Course(size=DEMO, batch=24, share=0.4, shift=2.5, start=0.3),
-    256: Course(size=LARGEST, batch=12, share=0.3, shift=3.2, start=0.3),
+    128: Course(size=DEMO, batch=48, share=0.4, shift=3.2, start=0.0),
+    192: Course(size=LARGEST, batch=24, share=0.4, shift=4.0, start=0.3),
 }
 SMOKE = {
     128: Course(size=Size(frames=4, height=32, width=32), batch=2, share=0.5, shift=2.0, start=0.0),
     192: Course(size=Size(frames=4, height=32, width=64), batch=2, share=0.5, shift=2.0, start=0.3),
-    256: Course(size=Size(frames=4, height=64, width=64), batch=2, share=0.5, shift=2.0, start=0.3),
 }
 
 
@@ -146,7 +143,7 @@ def main() -> None:
         "--widths", type=int, nargs="+", default=WIDTHS, help="channels of each level, if not --start-from"
     )
     parser.add_argument("--noisier", type=float, default=1.0, help="multiplies the shift of the noise levels")
-    parser.add_argument("--pure-noise", type=float, default=0.15, help="share of clips that are noise and nothing else")
+    parser.add_argument("--pure-noise", type=float, default=0.4, help="share of clips that are noise and nothing else")
     parser.add_argument("--number-frames", action="store_true", help="with --start-from: anew, see `number_frames`")
     args = parser.parse_args()
     device = prepare(args.seed)

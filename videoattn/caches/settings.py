@@ -76,9 +76,8 @@ class Settings:
             multistep: whether the sampler takes differences of outputs, to which guesses do harm.
         """
         best = "correct" if self.point == "output" and not multistep else "fit"
-        usual = "error" if self.similarity is None and not multistep else "similarity"
         mode = "extrapolate" if self.threshold is not None else best
-        return replace(self, mode=self.mode or mode, keys=self.keys or usual)
+        return replace(self, mode=self.mode or mode, keys=self.keys or "similarity")
 
     @property
     def terms(self) -> int:
