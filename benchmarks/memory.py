@@ -249,7 +249,9 @@ def generation(case: Case, device: torch.device, steps: int) -> Iterator[Figure]
     switched = ", ".join(f"{switch}={value}" for switch, value in runs[least].items())
     yield figure(case, "peak_ratio", peaks["plain"] / peaks[least], f"{told}{', ' * bool(switched)}{switched}")
     above = {name: size - weights for name, size in peaks.items()}
-    yield figure(case, "activation_ratio", above["plain"] / above["sliced"], "whole generation, above all weights")
+    yield figure(
+        case, "activation_ratio_generation", above["plain"] / above["sliced"], "whole generation, above all weights"
+    )
 
 
 def prediction(case: Case, device: torch.device, steps: int) -> Iterator[Figure]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import quantised_tables
 import rehash_tables
+import slicing_tables
 import sparse_tables
 
 from videoattn.profiling import summary
@@ -281,6 +282,7 @@ def main() -> int:
         "where-the-time-goes.md": of_profiles,
         "quantised.md": quantised_tables.TABLES,
         "rehash.md": rehash_tables.TABLES,
+        "slicing.md": slicing_tables.TABLES,
         "sparse.md": sparse_tables.TABLES,
     }
     for document, tables in documents.items():
