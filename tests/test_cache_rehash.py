@@ -224,19 +224,19 @@ def test_exact_where_outputs_are_polynomials(name, mode, degree, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["euler_wan", "svd", "cogvideox"])
-def test_the_default_is_nearer_than_to_hold(name):
+def test_the_default_is_nearer_than_even_steps_held(name, tmp_path):
     """It calibrates in a first generation, which runs in full, bit for bit."""
     pipe = euler_wan() if name == "euler_wan" else make(name)
     name = name.removeprefix("euler_")
-    full = generate(name, pipe)
-    videoattn.enable_step_rehash(pipe, steps=7)
+    full, path = generate(name, pipe), tmp_path / "calibration.toml"
+    videoattn.enable_step_rehash(pipe, steps=7, calibration=path)
     assert torch.equal(generate(name, pipe), full)
     assert len(ran(pipe)) == STEPS and "all 12 steps ran, to see how alike they are" in report(pipe)
     best = generate(name, pipe)
     assert len(ran(pipe)) == 7 and "7 of 12 steps ran, 5 reused" in report(pipe)
     videoattn.enable_step_rehash(pipe, steps=7, keys="uniform", mode="hold")
     held = generate(name, pipe)
-    assert (best - full).norm() < 0.7 * (held - full).norm()
+    assert (best - full).norm() < 0.9 * (held - full).norm()
 
 
 def test_the_default_with_a_multistep_sampler():

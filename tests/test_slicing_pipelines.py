@@ -62,7 +62,7 @@ def test_the_same_video(name):
 @pytest.mark.parametrize("part", ["denoiser", "vae"])
 def test_a_budget_cuts_a_part_and_is_kept(name, part, monkeypatch):
     """Half way from what it takes whole to the least that it can do with."""
-    monkeypatch.setattr(session, "MOST", 8)  # forecasts of the least take their time
+    monkeypatch.setattr(session, "MOST", 4)  # forecasts of the least take their time
     pipe = build(name)
     videoattn.enable_feature_slicing(pipe, memory="1TiB")
     expected = video(name, pipe)

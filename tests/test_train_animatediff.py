@@ -141,7 +141,7 @@ def test_step_trains_the_schedulers_velocity(tokenizer, unet, monkeypatch):
     trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, decay=0.9)
     empty = train_unet.tokenize(tokenizer, [""])
     prompt = "a red circle moves left over a gray background"
-    step = train_unet.denoiser_step(unet, text_encoder, trainer, scheduler, empty, shift=2.0)
+    step = train_unet.denoiser_step(unet, text_encoder, trainer, scheduler, empty, shift=2.0, pure=0.0)
     monkeypatch.setattr(trainer, "descend", lambda loss: torch.zeros(()))
     monkeypatch.setattr(train_unet, "EMPTY_PROMPTS", 0.0)
     latents = torch.randn(2, 8, 3, 4, 8)
@@ -161,11 +161,27 @@ def test_step_trains_the_schedulers_velocity(tokenizer, unet, monkeypatch):
 
 def test_larger_shift_draws_noisier_steps():
     torch.manual_seed(0)
-    drawn = {shift: train_unet.draw_timesteps(20000, shift, 999, torch.device("cpu")) for shift in (1.0, 3.0)}
+    drawn = {shift: train_unet.draw_timesteps(20000, shift, 0.0, 999, torch.device("cpu")) for shift in (1.0, 3.0)}
     assert all(t.min() >= 0 and t.max() <= 999 for t in drawn.values())
     assert drawn[1.0].float().median() == pytest.approx(500, abs=10)
     assert drawn[3.0].float().median() == pytest.approx(750, abs=10)
     assert (drawn[1.0] == 999).any()
+    pure = train_unet.draw_timesteps(20000, 1.0, 0.3, 999, torch.device("cpu")) == 999
+    assert pure.float().mean() == pytest.approx(0.3, abs=0.02)
+
+
+def test_frames_know_their_number():
+    """What the first motion module adds to noise tells the halves of a clip apart; without the numbered head it hardly does."""
+    torch.manual_seed(0)
+    unet = tiny_animatediff.new_unet()
+    transformer = unet.down_blocks[0].motion_modules[0].transformer_blocks[0]
+    noise = torch.randn(256, 16, 64)
+    with torch.no_grad():
+        last = transformer.attn1(transformer.pos_embed(noise)).mean(0)
+        transformer.attn1.to_out[0].weight[:, -tiny_animatediff.HEAD_DIM :] = 0
+        others = transformer.attn1(transformer.pos_embed(noise)).mean(0)
+    apart, before = ((x[:8].mean(0) - x[8:].mean(0)).norm() for x in (last, others))
+    assert apart > 5 * before
 
 
 # --- training ---
