@@ -63,10 +63,7 @@ class Settings:
             raise ValueError(
                 "threshold: wanted mode hold or extrapolate, which need no steps that are known ahead, got 'fit'"
             )
-        if self.similarity is not None and self.keys not in (
-            None,
-            "similarity",
-        ):  # "error" and "uniform" need a number of steps
+        if self.similarity is not None and self.keys not in (None, "similarity"):  # the others need a number of steps
             raise ValueError(f"similarity: wanted keys 'similarity', got {self.keys!r}")
 
     def resolved(self, multistep: bool) -> Settings:

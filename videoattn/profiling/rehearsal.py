@@ -20,9 +20,9 @@ from videoattn.benchmarks import denoiser_inputs, find_shapes
 from videoattn.profiling.counts import Counts, Where
 from videoattn.profiling.described import Model, Size
 from videoattn.profiling.scopes import Scopes
+from videoattn.slicing.decoding import OF_FRAMES
 
 _CANNOT = (RuntimeError, ValueError, TypeError)  # what torch and the hosts raise where something does not run on meta
-_FRAMES_AS_BATCH = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
 _INSTRUCTION = {
     "HunyuanVideoPipeline": 95
 }  # tokens in front of the prompt: diffusers' DEFAULT_PROMPT_TEMPLATE, crop_start
@@ -146,7 +146,7 @@ def _conditions(model: Model, size: Size) -> Iterator[Rehearsal | Refusal]:
 def _encode(model: Model, size: Size, frames: int) -> Rehearsal:
     vae = model.built("vae")
     shape = (1, 3, size.height, size.width)
-    if type(vae).__name__ not in _FRAMES_AS_BATCH:
+    if type(vae).__name__ not in OF_FRAMES:
         shape = (1, 3, frames, size.height, size.width)
     pixels = torch.empty(shape, dtype=_dtype(vae), device="meta")
     return _run("vae.encode", vae, lambda: vae.encode(pixels), 1)
@@ -161,7 +161,7 @@ def _decode(model: Model, size: Size) -> Rehearsal:
     frames = (size.frames - 1) // latent["temporal"] + 1
     rows, columns = size.height // latent["spatial"], size.width // latent["spatial"]
     empty = partial(torch.empty, dtype=_dtype(vae), device="meta")
-    if type(vae).__name__ not in _FRAMES_AS_BATCH:
+    if type(vae).__name__ not in OF_FRAMES:
         latents = empty(1, latent["channels"], frames, rows, columns)
         return _run("vae.decode", vae, lambda: vae.decode(latents), 1)
     latents = empty(frames, latent["channels"], rows, columns)

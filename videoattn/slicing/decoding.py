@@ -12,6 +12,9 @@ from torch import Tensor
 
 from videoattn.slicing.session import Slicing
 
+OF_FRAMES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
+"""Classes of VAEs that take frames as rows of a batch."""
+
 AT_ONCE = 16  # frames that AnimateDiffPipeline decodes at once
 
 
@@ -19,10 +22,6 @@ def _images(sample: Tensor, channels: int) -> tuple[tuple[int, ...], dict]:
     """sample [B, C, T, Y, X]: frames as rows of a batch."""
     _, _, frames, rows, columns = sample.shape
     return (min(frames, AT_ONCE), channels, rows, columns), {}
-
-
-OF_FRAMES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
-"""Classes of VAEs that take frames as rows of a batch."""
 
 
 def _frames(sample: Tensor, channels: int) -> tuple[tuple[int, ...], dict]:

@@ -143,11 +143,8 @@ class _Attends:
     def _finished(prologue: Prologue, heads: int, streams: tuple[Stream, ...]) -> tuple[Tensor, Tensor, Tensor]:
         for stream in streams:
             if any(each is not None for each in (stream.norm_q, stream.norm_k, stream.rope)):
-                made = (
-                    stream.q.new_empty(stream.q.shape),
-                    stream.k.new_empty(stream.k.shape),
-                )  # the raw ones still stand
-                stream.q, stream.k = made
+                # both are made while the raw ones still stand
+                stream.q, stream.k = (x.new_empty(x.shape) for x in (stream.q, stream.k))
             stream.norm_q = stream.norm_k = stream.rope = None
         return prologue(heads, *streams)
 
