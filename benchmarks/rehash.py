@@ -9,6 +9,7 @@ cpu       the trained model on a CPU, seconds of a whole generation.
 
     python -m videoattn.benchmarks.rehash --part time
     python -m videoattn.benchmarks.rehash --part quality --model examples/models/tiny-wan
+    python -m videoattn.benchmarks.rehash --part quality --fold 1    # other prompts and seeds than the defaults were chosen on
     python -m videoattn.benchmarks.rehash --part quality --unipc     # Wan's own sampler, which is of second order
     python -m videoattn.benchmarks.rehash --part cpu
     python -m videoattn.benchmarks.rehash --part quality --prompts 2 --frames 17 --height 128 --width 128    # a look, on a CPU
@@ -237,11 +238,15 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
     if args.unipc:
         with_unipc(pipe)
         name = f"{name} with UniPC"
-    prompts = [scene.caption() for scene in held_out_scenes(args.prompts + CALIBRATED_ON)]
+    each = args.prompts + CALIBRATED_ON
+    prompts = [scene.caption() for scene in held_out_scenes((1 + args.fold) * each)][args.fold * each :]
+    first = 10_000 * args.fold
+    if args.fold:
+        name = f"{name} fold {args.fold}"
     compared, others = prompts[: args.prompts], prompts[args.prompts :]
     full, points = None, {}
 
-    def clips(texts: Sequence[str], count: int = steps, seed: int = 0) -> np.ndarray:
+    def clips(texts: Sequence[str], count: int = steps, seed: int = first) -> np.ndarray:
         return generate(pipe, list(texts), size, steps=count, guidance=GUIDANCE, batch=args.batch, seed=seed)
 
     def record(case: str, made: np.ndarray, calls: int) -> None:
@@ -261,7 +266,7 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
     def calibrate(calibration: Path) -> None:
         for point in ("output", "late_block" if unet else "first_block"):
             videoattn.enable_step_rehash(pipe, steps=args.run[0], point=point, calibration=calibration)
-            clips(others, seed=1000)
+            clips(others, seed=first + 1000)
         videoattn.disable(pipe)
 
     full = clips(compared)
@@ -298,7 +303,7 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
             results.append_figures("rehash_quality", figures, env, args.results)
             for figure in sorted(figures, key=lambda figure: -figure["value"]):
                 print(f"{figure['case']:60s} {figure['value']:+.2f} dB above the best control")
-            if run == args.run[0] and not args.unipc:
+            if run == args.run[0] and not args.unipc and not args.fold:
                 value = above(points, of + DEFAULT, known)
                 row = {
                     "case": f"{name} rehash",
@@ -359,6 +364,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="samples of each generation")
     parser.add_argument("--model", type=Path, default=MODEL, help="of quality and cpu")
     parser.add_argument("--prompts", type=int, default=PAIRED)
+    parser.add_argument(
+        "--fold", type=int, default=0, help="other prompts and seeds: 0 is what defaults were chosen on"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, help="of the sampler (default: the model's usual ones)")
     parser.add_argument("--run", type=int, nargs="+", default=(13,), help="how many of them run; the first counts")

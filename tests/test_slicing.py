@@ -377,6 +377,10 @@ def test_a_forecast_knows_what_convolutions_take():
     assert forecast.peak(lambda: convolution(last), workspaces=True)[0] == own
     single = torch.nn.Conv2d(8, 16, 1, device="meta")
     assert forecast.peak(lambda: single(x), workspaces=True)[0] == own
+    twice = torch.nn.Sequential(convolution, torch.nn.Conv2d(16, 8, 3, padding=1, device="meta"))
+    assert (
+        forecast.peak(lambda: twice(last), workspaces=True)[0] == own + x.nbytes
+    )  # what comes out is channels-last again
 
 
 def test_every_family_of_the_registry_has_a_table():

@@ -424,12 +424,11 @@ def test_a_forecast_of_wan_stops_early(monkeypatch):
 
 def test_switches_that_change_the_video():
     def known(name):
-        return {switch.name: switch.exact for switch in decoder_switches.host_switches(tiny_pipelines.build(name))}
+        return {switch.option: switch.exact for switch in decoder_switches.switches(tiny_pipelines.build(name).vae)}
 
-    tiles = {"vae.enable_slicing()": True, "vae.enable_tiling()": False}
-    assert known("animatediff") == tiles | {"decode_chunk_size": True}
-    assert known("svd") == {"decode_chunk_size": False}
-    assert known("wan") == tiles
+    assert known("animatediff") == {"vae_frames": True, "vae_tiling": False}
+    assert known("svd") == {"vae_frames": False}
+    assert known("wan") == {"vae_tiling": False}
 
 
 @pytest.mark.parametrize("build", [image_vae, wan_vae])

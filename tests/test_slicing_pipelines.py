@@ -85,7 +85,8 @@ def test_a_decoder_over_budget_is_told_before_the_first_step():
     decode.budget, decode.choices = decode.choice.resident + 10, {}
     slicing_of(pipe.unet).choices.clear()
     steps = []
-    with pytest.raises(ValueError, match="AutoencoderKL.decode at this size needs"):
+    left = "less may do with vae_frames .*; less may do with vae_tiling .which changes the video"
+    with pytest.raises(ValueError, match=f"AutoencoderKL.decode at this size needs .*{left}"):
         video("animatediff", pipe, callback_on_step_end=lambda pipe, step, t, kwargs: steps.append(step) or {})
     assert steps == []
 

@@ -97,7 +97,7 @@ def enable_feature_slicing(
             Nothing has been changed then. When a generation of a size begins, a budget that it cannot keep raises OverBudget, a
             ValueError, and so does a model whose memory cannot be foretold.
     """
-    from videoattn.slicing import budget, decoding
+    from videoattn.slicing import budget, decoder_switches, decoding
     from videoattn.slicing.session import Slicing, slicing_of
 
     if (memory is None) == (slices is None):
@@ -110,7 +110,7 @@ def enable_feature_slicing(
     found = list(_sliced_models(pipe, vae=vae))
     if vae_frames is not None and (isinstance(vae_frames, bool) or not isinstance(vae_frames, int) or vae_frames < 1):
         raise ValueError(f"vae_frames: wanted an int of 1 or more, got {vae_frames!r}")
-    if vae_frames is not None and not any(type(model).__name__ in decoding.OF_FRAMES for model, _ in found):
+    if vae_frames is not None and not any(type(model).__name__ in decoder_switches.OF_FRAMES for model, _ in found):
         raise ValueError(f"vae_frames: wanted a pipeline whose VAE takes frames as rows of a batch, got {_name(pipe)}")
     if vae_tiling and not any(entry == "decode" and hasattr(model, "use_tiling") for model, entry in found):
         raise ValueError(f"vae_tiling: wanted a pipeline with a VAE that decodes in tiles, got {_name(pipe)}")

@@ -44,6 +44,7 @@ BENCHMARKS = {
     "profile_truth": "the profiler's shares and FLOPs against costs that are known",
     "profiles": "where the time of the video models goes, a profile of each",
     "suite": "seconds of make test and make demo",
+    "tiling": "what a VAE's own tiling saves and costs on trained weights",
     "streaming": "a million tokens in 8 GiB: copies, memory and errors",
     "temporal": "temporal attention against the best of torch's kernels and against a copy",
     "warmup": "what the first generation takes longer",

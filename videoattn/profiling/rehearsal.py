@@ -20,7 +20,7 @@ from videoattn.benchmarks import denoiser_inputs, find_shapes
 from videoattn.profiling.counts import Counts, Where
 from videoattn.profiling.described import Model, Size
 from videoattn.profiling.scopes import Scopes
-from videoattn.slicing.decoding import OF_FRAMES
+from videoattn.slicing.decoder_switches import OF_FRAMES
 
 _CANNOT = (RuntimeError, ValueError, TypeError)  # what torch and the hosts raise where something does not run on meta
 _INSTRUCTION = {

@@ -1,15 +1,17 @@
-"""diffusers' own switches against the memory of a decoder, which of them change the video, and tiling on and off again.
+"""Options that save memory of a decoder by the host's own switches, which of them change the video, and tiling on and off again.
 
 What changes the video stays off unless a user asks for it.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
+
+OF_FRAMES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
+"""Classes of VAEs that take frames as rows of a batch."""
 
 _TEMPORAL = ("AutoencoderKLTemporalDecoder",)  # whose frames see each other in one call of `decode`
 _GONE = object()
@@ -17,16 +19,19 @@ _GONE = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """Of a pipeline.
+    """Of a VAE.
 
     Args:
-        name: "vae.enable_tiling()", or the name of an argument of the call.
-        exact: whether videos stay what they are, to rounding. why: a sentence.
+        option: of `enable_feature_slicing`.
+        exact: whether videos stay what they are, to rounding. why: half a sentence.
     """
 
-    name: str
+    option: str
     exact: bool
     why: str
+
+    def __str__(self) -> str:
+        return f"{self.option} ({'' if self.exact else 'which changes the video: '}{self.why})"
 
 
 def mixes_frames(vae: nn.Module) -> bool:
@@ -34,23 +39,14 @@ def mixes_frames(vae: nn.Module) -> bool:
     return type(vae).__name__ in _TEMPORAL
 
 
-def host_switches(pipe: object) -> Iterator[Switch]:
-    """Those that this pipeline has."""
-    vae = getattr(pipe, "vae", None)
-    if hasattr(vae, "use_slicing"):
-        yield Switch(
-            name="vae.enable_slicing()", exact=True, why="rows of the batch are decoded one by one and know no other"
-        )
+def switches(vae: nn.Module) -> Iterator[Switch]:
+    """Those that this VAE has."""
+    if type(vae).__name__ in OF_FRAMES:
+        why = "frames of another call are not seen" if mixes_frames(vae) else "frames know no other anyway"
+        yield Switch(option="vae_frames", exact=not mixes_frames(vae), why=why)
     if hasattr(vae, "use_tiling"):
-        yield Switch(
-            name="vae.enable_tiling()",
-            exact=False,
-            why="tiles are decoded without what surrounds them, and blended where they overlap",
-        )
-    if "decode_chunk_size" in inspect.signature(type(pipe).__call__).parameters:
-        temporal = mixes_frames(vae)
-        why = "frames of another chunk are not seen" if temporal else "frames are decoded one by one anyway"
-        yield Switch(name="decode_chunk_size", exact=not temporal, why=why)
+        why = "tiles are decoded without what surrounds them, and blended where they overlap"
+        yield Switch(option="vae_tiling", exact=False, why=why)
 
 
 def tile(vae: nn.Module, **sizes: int) -> Callable[[], None]:

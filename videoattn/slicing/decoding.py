@@ -12,9 +12,6 @@ from torch import Tensor
 
 from videoattn.slicing.session import Slicing
 
-OF_FRAMES = ("AutoencoderKL", "AutoencoderKLTemporalDecoder")
-"""Classes of VAEs that take frames as rows of a batch."""
-
 AT_ONCE = 16  # frames that AnimateDiffPipeline decodes at once
 
 

@@ -51,11 +51,14 @@ class _Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        convolves = self.workspaces and func is torch.ops.aten.convolution.default
+        if convolves and any(map(_channels_last, args[:2])):
+            out = out.contiguous(memory_format=LAST[out.ndim])
         if not _aliases(func):
             for made in (out,) if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else ():
                 if isinstance(made, Tensor):
                     self._made(made.untyped_storage())
-        if self.workspaces and func is torch.ops.aten.convolution.default:
+        if convolves:
             self._seen(self.bytes + _workspace(args[0], args[1], out))
         return out
 
@@ -87,10 +90,17 @@ class _Memory(TorchDispatchMode):
 INDEXED = 2**31  # elements that cuDNN's kernels can count: of more, torch runs some rows of the batch at a time
 
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Of a convolution's input or its weight: cuDNN gives channels last where one of them has it, and the meta device does not."""
+    return x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim]) and not x.is_contiguous()
+
+
 def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     """Bytes that a convolution holds beside its input and its output, of a GPU."""
-    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    if x.ndim < 4 or any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in (x, weight)):
+    if x.ndim not in LAST or any(map(_channels_last, (x, weight))):
         return 0
     copied = 0 if x.is_contiguous() else x.nbytes
     largest = max(x.numel(), out.numel())

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from videoattn.slicing import forecast
 from videoattn.slicing.budget import shown
-from videoattn.slicing.decoder_switches import mixes_frames, tile
+from videoattn.slicing.decoder_switches import Switch, mixes_frames, switches, tile
 from videoattn.slicing.handover import connect
 from videoattn.slicing.install import SlicedForward
 from videoattn.slicing.norm import FewRows
@@ -189,9 +189,16 @@ class Slicing:
             return self._coarser(least, sites, told, allowed)
         raise OverBudget(
             f"memory: wanted at most {shown(self.budget)}, and {type(self.model).__name__}.{self.entry} at this size needs "
-            f"{shown(least.total)}: {shown(resident)} that lie there already, and {shown(least.activations)} that it makes",
+            f"{shown(least.total)}: {shown(resident)} that lie there already, and {shown(least.activations)} that it makes"
+            + "".join(f"; less may do with {switch}" for switch in self._left()),
             least.total,
         )
+
+    def _left(self) -> Iterator[Switch]:
+        """The host's switches of a decoder that are not on."""
+        if self.entry == "decode":
+            on = {"vae_frames": self.frames is not None, "vae_tiling": getattr(self.model, "use_tiling", False)}
+            yield from (switch for switch in switches(self.model) if not on[switch.option])
 
     @staticmethod
     def _coarser(
@@ -218,7 +225,7 @@ class Slicing:
                 f"{told}; budget {shown(self.budget)}: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of a "
                 f"group, {shown(self.choice.total)} predicted, of which {shown(self.choice.resident)} lay there before"
             )
-        if self.tiling:
+        if self.entry == "decode" and getattr(self.model, "use_tiling", False):  # asked of us, or of the host before
             yield "decodes in tiles, by the host's own switch: this changes the video"
         if self.frames is not None:
             yield f"decodes {self.frames} frames at a time" + (
