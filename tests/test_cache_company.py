@@ -203,3 +203,20 @@ def test_swapped_blocks_are_met(monkeypatch):
     counted = Count(pipe.transformer.blocks[0], monkeypatch)
     generate("wan", pipe)
     assert counted.calls == 2 * 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["wan", "animatediff"])
+def test_with_models_that_come_to_the_gpu_for_their_calls(name):
+    """`enable_model_cpu_offload` before rehash and after it: the latents of a pipeline that stays on the card."""
+    pipe = make(name).to("cuda")
+    videoattn.enable_step_rehash(pipe, **EVEN)
+    expected = generate(name, pipe)
+    for rehash_first in (False, True):
+        pipe = make(name)
+        enable = [pipe.enable_model_cpu_offload, lambda pipe=pipe: videoattn.enable_step_rehash(pipe, **EVEN)]
+        for each in enable[::-1] if rehash_first else enable:
+            each()
+        made = generate(name, pipe)
+        assert rehash(pipe).reused
+        torch.testing.assert_close(made.cpu(), expected.cpu(), rtol=1e-3, atol=1e-3)

@@ -177,6 +177,16 @@ def test_coordinates():
 # --- sums of the past ---
 
 
+@pytest.mark.parametrize("which", timetable.COORDINATES)
+def test_a_first_step_of_pure_noise_has_a_coordinate(which):
+    """No signal is kept there, and its noise level would be infinite: a line through it would be no number."""
+    ddim = scheduler_of(DDIMScheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    at = timetable.coordinates(ddim, which)
+    assert ddim.alphas_cumprod[ddim.timesteps[0]] == 0 and np.isfinite(at).all()
+    line = Polynomial(terms=2, at=at).weights([0, 1], 2)
+    assert np.isfinite(line).all() and line.sum() == pytest.approx(1)
+
+
 def test_a_correction_puts_right_what_was_guessed_wrong():
     """Outputs on a line, one of which is held: with flow Euler the latents are then where a full run leads."""
     scheduler = scheduler_of(FlowMatchEulerDiscreteScheduler)

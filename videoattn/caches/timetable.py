@@ -16,6 +16,9 @@ COORDINATES: tuple[Coordinate, ...] = get_args(Coordinate)
 
 LEAST_STEPS = 9  # of a sampler with fewer, two steps have too little in common
 SMALL = 2.0**-10  # an output that no scheduler clips
+LEAST_KEPT = (
+    2.0**-24
+)  # of the signal's variance: where a first step is pure noise, none is kept, and sigma would be infinite
 
 
 def refuses(scheduler: object) -> str | None:
@@ -51,7 +54,7 @@ def coordinates(scheduler: object, which: Coordinate | None = None) -> np.ndarra
         noise = np.array(sigmas[: len(timesteps)].tolist(), np.float64)
     else:
         kept = np.array(alphas.tolist(), np.float64)[timesteps.round().astype(int).clip(0, len(alphas) - 1)]
-        noise = np.sqrt((1 - kept) / kept)
+        noise = np.sqrt((1 - kept) / np.maximum(kept, LEAST_KEPT))
     return noise if which != "log_snr" else np.log(np.maximum(noise, 1e-5))
 
 
