@@ -1,10 +1,12 @@
 """Step rehash: the time of whole generations, and what it costs in quality beside its control.
 
-time      real sizes, random weights, latents out: every step in eager diffusers against step rehash by its defaults, and against
-          "fast" with it. Runs are whole, interleaved A B B A; a first generation, which is the calibration, warms up.
+time      real sizes, random weights, latents out: every step in eager diffusers against step rehash by its defaults, at the last
+          block of a U-Net too, and against "fast" with it. Runs are whole, interleaved A B B A; a first generation, which is
+          the calibration, warms up.
 quality   a trained model, held-out prompts: PSNR of every mode against the run of all steps with the same seeds. The control is
           the plain sampler with as many network calls, on its own grid and on every grid of key steps that a mode has. (A held
-          output is that sampler for DDIM and flow Euler, to rounding: so it is run.) Calibrated on prompts of their own.
+          output is that sampler for DDIM and flow Euler, to rounding: so it is run. For UniPC it is not, and that sampler runs
+          on those grids.) Calibrated on prompts of their own.
 cpu       the trained model on a CPU, seconds of a whole generation.
 
     python -m videoattn.benchmarks.rehash --part time
@@ -34,12 +36,13 @@ from videoattn.benchmarks import models, results, timing
 from videoattn.benchmarks.quality_sparse import figures_of
 from videoattn.benchmarks.quality_tiny import MODEL, PAIRED, compare
 from videoattn.benchmarks.timing import Comparison
+from videoattn.caches.families import Point
 from videoattn.caches.session import rehash_of
 
 UNET = ("animatediff", (576, 1024, 16), 25, 13)
 DIT = ("wan-1.3b", (480, 832, 81), 50, 25)
 CALIBRATED_ON = 4  # prompts, none of those that are compared
-DEFAULT = "correct, similarity"
+DEFAULT, OF_MULTISTEP = "correct, similarity", "hold, similarity"
 THRESHOLDS = (0.05, 0.1, 0.2)
 
 Options = dict[str, Any]
@@ -99,8 +102,8 @@ def generations(name: str, size: tuple[int, int, int], steps: int, run: int, dev
         seeded = torch.Generator().manual_seed(0)
         pipe(prompt="a red cube", output_type="latent", generator=seeded, **arguments | {"num_inference_steps": count})
 
-    def rehash() -> None:
-        videoattn.enable_step_rehash(pipe, steps=run, calibration=folder / f"{name}.toml")
+    def rehash(point: Point = "output") -> None:
+        videoattn.enable_step_rehash(pipe, steps=run, point=point, calibration=folder / f"{name}.toml")
 
     def eager() -> None:
         videoattn.disable(pipe)
@@ -116,11 +119,16 @@ def generations(name: str, size: tuple[int, int, int], steps: int, run: int, dev
         rehash()
         generate()
 
+    def late() -> None:
+        videoattn.disable(pipe)
+        rehash("late_block")
+        generate()
+
     made = {"eager": eager, "rehash": rehashed}
-    rehashed()  # all steps, of which it learns how alike they are
-    if name == DIT[0]:
-        fast()
-        made["fast + rehash"] = fast
+    more = {"fast + rehash": fast} if name == DIT[0] else {"rehash at late_block": late}
+    for each in (rehashed, *more.values()):
+        each()  # all steps, of which it learns how alike they are
+    made |= more
     return pipe, made
 
 
@@ -139,7 +147,7 @@ def time_model(spec: tuple, case: str, args: argparse.Namespace, env: Mapping[st
         if ran(pipe) != run:
             raise ValueError(f"{name}: wanted {run} of {steps} steps to run, got {ran(pipe)}")
     dtype = models.spec(name)["dtype"]
-    cases = {"rehash": case, "fast + rehash": f"{name} {shape}, {steps} steps, fast"}
+    cases = {"rehash": case, "rehash at late_block": case, "fast + rehash": f"{name} {shape}, {steps} steps, fast"}
     for what, of in cases.items():
         if what in seconds:
             found = comparison(what, seconds[what], seconds["eager"])
@@ -235,9 +243,10 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
         frames=args.frames or largest.frames, height=args.height or largest.height, width=args.width or largest.width
     )
     steps, name = args.steps or STEPS, args.model.name
+    default = DEFAULT
     if args.unipc:
         with_unipc(pipe)
-        name = f"{name} with UniPC"
+        name, default = f"{name} with UniPC", OF_MULTISTEP
     each = args.prompts + CALIBRATED_ON
     prompts = [scene.caption() for scene in held_out_scenes((1 + args.fold) * each)][args.fold * each :]
     first = 10_000 * args.fold
@@ -275,17 +284,17 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
         calibrate(calibration)
         for run in args.run:
             of = f"{name}, {size}, {run} of {steps}: "
-            controls = [f"{of}plain sampler", *(of + case for case in held(run))]
+            controls = [f"{of}plain sampler", *(() if args.unipc else (of + case for case in held(run)))]
             record(controls[0], clips(compared, run), run)
             for case, options in {**held(run), **modes(run, unet)}.items():
-                if args.only is not None and case != DEFAULT and not any(part in case for part in args.only):
+                if args.only is not None and case != default and not any(part in case for part in args.only):
                     continue
                 keys = sorted(rehashed(of + case, options, calibration))
-                if case == DEFAULT:
+                if case == DEFAULT and not args.unipc:
                     controls.append(f"{of}hold, keys of {case}")
                     rehashed(controls[-1], {"steps": keys, "mode": "hold"}, calibration)
                 videoattn.disable(pipe)
-                if args.unipc and (case == DEFAULT or case in held(run)):  # here no held output
+                if args.unipc and (case == DEFAULT or case in held(run)):  # here another sampler than held outputs are
                     controls.append(f"{of}plain sampler, keys of {case}")
                     with on_grid(pipe.scheduler, keys):
                         record(controls[-1], clips(compared), run)

@@ -179,8 +179,8 @@ def test_the_default_with_a_multistep_sampler():
     pipe = videoattn.enable_step_rehash(make("wan"), steps=7)
     for _ in range(2):
         generate("wan", pipe)
-    assert "steps 7, keys by similarity, fit at output" in report(pipe)
-    assert "the sampler is a multistep one, for which no mode measured was better" in report(pipe)
+    assert "steps 7, keys by similarity, hold at output" in report(pipe)
+    assert "the sampler is a multistep one, for which no mode measured was better than holding" in report(pipe)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Settings:
         Args:
             multistep: whether the sampler takes differences of outputs, to which guesses do harm.
         """
-        best = "correct" if self.point == "output" and not multistep else "fit"
+        best = "hold" if multistep else "correct" if self.point == "output" else "fit"
         mode = "extrapolate" if self.threshold is not None else best
         return replace(self, mode=self.mode or mode, keys=self.keys or "similarity")
 
