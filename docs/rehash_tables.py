@@ -7,30 +7,34 @@ from quantised_tables import RESULTS, newest, ratio, table
 NOT_YET = "Not measured yet."
 
 
+FLOOR = "noise floor"  # of a model and a size: torch's other exact attention, every step
+
+
 def quality() -> str:
-    """The best first, below each heading of a model, a size and how many steps run."""
+    """A table for each setting, the best first: a model, its sampler and prompts, a size and how many steps run."""
     if not (RESULTS / "rehash_quality.csv").exists():
         return NOT_YET
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in newest("rehash_quality", "case", "metric"):
         setting, _, case = row["case"].rpartition(": ")
         found.setdefault(setting, {}).setdefault(case, {})[row["metric"]] = float(row["value"])
-    rows = []
-    for setting, cases in found.items():
-        for case, of in sorted(cases.items(), key=lambda item: -item[1]["psnr_mean_db"]):
-            over = f"{of['above_control_db']:+.1f}" if "above_control_db" in of else ""
-            figures = [f"{of['psnr_mean_db']:.1f}", f"{of['psnr_worst_db']:.1f}", f"{of['ssim_mean']:.4f}"]
-            rows.append([setting, case, f"{of['steps_run']:.0f}", *figures, over])
-    head = [
-        "model, size, steps",
-        "mode, keys",
-        "steps run",
-        "PSNR, mean, dB",
-        "worst",
-        "SSIM, mean",
-        "above the best control, dB",
-    ]
-    return table(head, rows)
+    floors = {setting: found.pop(setting)[FLOOR] for setting in [*found] if FLOOR in found[setting]}
+    head = ["mode, keys", "steps run", "PSNR, mean, dB", "worst", "SSIM, mean", "above the best control, dB"]
+    tables = []
+    in_order = sorted(found, key=lambda setting: setting.replace(" fold", ", fold").replace(" with", ", with"))
+    for setting in in_order:
+        cases = found[setting]
+        floor = floors.get(setting.rpartition(", ")[0])
+        rows = [_quality_row(case, of) for case, of in sorted(cases.items(), key=lambda item: -item[1]["psnr_mean_db"])]
+        rows += [_quality_row(FLOOR, floor)] if floor else []
+        tables.append(f"**{setting.replace(' fold 1', ', other prompts and seeds')}**\n\n{table(head, rows)}")
+    return "\n\n".join(tables)
+
+
+def _quality_row(case: str, of: dict[str, float]) -> list[str]:
+    over = f"{of['above_control_db']:+.1f}" if "above_control_db" in of else ""
+    figures = [f"{of['psnr_mean_db']:.1f}", f"{of['psnr_worst_db']:.1f}", f"{of['ssim_mean']:.4f}"]
+    return [case, f"{of['steps_run']:.0f}", *figures, over]
 
 
 def times() -> str:

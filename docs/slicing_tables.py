@@ -98,4 +98,27 @@ def predictions() -> str:
     return table(["budget", "foretold, GiB", "measured, GiB", "off by", "commit"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"generations": generations, "parts": parts, "predictions": predictions}
+def tiling() -> str:
+    """Trained VAEs: whole, in slices, in tiles."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in newest("tiling", "case", "metric"):
+        found.setdefault(row["case"], {})[row["metric"]] = row
+    rows = []
+    for case, of in found.items():
+        for metric, row in of.items():
+            if not metric.startswith("peak "):
+                continue
+            what = metric.removeprefix("peak ")
+            against = f"psnr {what} against {'drawn' if what == 'whole' else 'whole'}"
+            psnr, worst = (f"{float(of[name]['value']):.1f}" for name in (against, f"worst {against}"))
+            to = "the drawn clip" if what == "whole" else "whole"
+            rows.append([case, what, f"{float(row['value']):.0f}", psnr, worst, to, row["commit"][:7]])
+    return table(["VAE, size", "decoded", "peak, MiB", "PSNR, mean, dB", "worst", "to", "commit"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "generations": generations,
+    "parts": parts,
+    "predictions": predictions,
+    "tiling": tiling,
+}

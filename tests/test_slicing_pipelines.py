@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import PIPELINES, build, run
 
 import videoattn
@@ -56,6 +57,30 @@ def test_the_same_video(name):
     videoattn.disable(pipe)
     assert "decode" not in vars(pipe.vae)
     assert torch.equal(video(name, pipe), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("animatediff", EulerDiscreteScheduler), ("wan", FlowMatchEulerDiscreteScheduler)]
+)
+def test_a_scheduler_changed_between_calls(name, other):
+    """Another one, with more steps: a size is cut as before, and the videos are those of the unsliced."""
+    plain, pipe = build(name), build(name)
+    before = video(name, plain)
+    plain.scheduler = other.from_config(plain.scheduler.config)
+    expected = video(name, plain, num_inference_steps=3)
+    assert (expected - before).abs().max() > 1e-3
+    videoattn.enable_feature_slicing(pipe, memory="1TiB")
+    video(name, pipe)
+    slicing = slicing_of(getattr(pipe, "unet", None) or pipe.transformer)
+    slicing.budget, slicing.choices = slicing.choice.total - 1, {}  # a byte less than it takes whole
+    close(video(name, pipe), before)
+    (chosen,) = slicing.choices.values()
+    pipe.scheduler = other.from_config(pipe.scheduler.config)
+    close(video(name, pipe, num_inference_steps=3), expected)
+    assert all(
+        choice.counts == chosen.counts for choice in slicing.choices.values()
+    )  # timesteps may be of another dtype
+    assert max(count for groups in chosen.counts.values() for count in groups.values()) > 1
 
 
 @pytest.mark.parametrize("name", WITH_VAE)
