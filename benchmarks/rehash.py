@@ -199,13 +199,13 @@ def modes(run: int, unet: bool) -> dict[str, Options]:
 
 
 @contextlib.contextmanager
-def on_grid(scheduler: Any, keys: Sequence[int]) -> Iterator[None]:
+def on_grid(scheduler: Any, keys: tuple[int, ...]) -> Iterator[None]:
     """A sampler over sigmas that knows only some of its steps."""
 
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
         type(scheduler).set_timesteps(scheduler, *args, **kwargs)
-        scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][keys], scheduler.sigmas[-1:]])
-        scheduler.timesteps = scheduler.timesteps[keys]
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][[*keys]], scheduler.sigmas[-1:]])
+        scheduler.timesteps = scheduler.timesteps[[*keys]]
         scheduler.num_inference_steps = len(keys)
 
     scheduler.set_timesteps = set_timesteps
@@ -247,23 +247,28 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
     if args.unipc:
         with_unipc(pipe)
         name, default = f"{name} with UniPC", OF_MULTISTEP
-    each = args.prompts + CALIBRATED_ON
-    prompts = [scene.caption() for scene in held_out_scenes((1 + args.fold) * each)][args.fold * each :]
+    first_scene = args.fold * (PAIRED + CALIBRATED_ON)
+    scenes = held_out_scenes(first_scene + args.prompts + CALIBRATED_ON)[first_scene:]
+    if len(scenes) < args.prompts + CALIBRATED_ON or (args.fold and args.prompts > PAIRED):
+        raise ValueError(
+            f"--fold {args.fold}: wanted {PAIRED} prompts at most, and so many held-out scenes, got {len(scenes)}"
+        )
+    prompts = [scene.caption() for scene in scenes]
     first = 10_000 * args.fold
     if args.fold:
         name = f"{name} fold {args.fold}"
     compared, others = prompts[: args.prompts], prompts[args.prompts :]
-    full, points = None, {}
+    full, points, calls = None, {}, {}
 
     def clips(texts: Sequence[str], count: int = steps, seed: int = first) -> np.ndarray:
         return generate(pipe, list(texts), size, steps=count, guidance=GUIDANCE, batch=args.batch, seed=seed)
 
-    def record(case: str, made: np.ndarray, calls: int) -> None:
+    def record(case: str, made: np.ndarray, ran: int) -> None:
         figures = figures_of(case, compare(made, full))
-        figures.append({"case": case, "metric": "steps_run", "value": calls, "unit": f"of {steps}"})
+        figures.append({"case": case, "metric": "steps_run", "value": ran, "unit": f"of {steps}"})
         results.append_figures("rehash_quality", figures, env, args.results)
-        points[case] = figures[0]["value"]
-        print(f"{case:60s} {points[case]:6.2f} dB, {calls} steps", flush=True)
+        points[case], calls[case] = figures[0]["value"], ran
+        print(f"{case:60s} {points[case]:6.2f} dB, {ran} steps", flush=True)
 
     def rehashed(case: str, options: Options, calibration: Path) -> set[int]:
         videoattn.enable_step_rehash(pipe, calibration=calibration, **options)
@@ -286,18 +291,23 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
             of = f"{name}, {size}, {run} of {steps}: "
             controls = [f"{of}plain sampler", *(() if args.unipc else (of + case for case in held(run)))]
             record(controls[0], clips(compared, run), run)
+            grids: set[tuple[int, ...]] = set()
             for case, options in {**held(run), **modes(run, unet)}.items():
                 if args.only is not None and case != default and not any(part in case for part in args.only):
                     continue
-                keys = sorted(rehashed(of + case, options, calibration))
-                if case == DEFAULT and not args.unipc:
-                    controls.append(f"{of}hold, keys of {case}")
-                    rehashed(controls[-1], {"steps": keys, "mode": "hold"}, calibration)
+                keys = tuple(sorted(rehashed(of + case, options, calibration)))
                 videoattn.disable(pipe)
-                if args.unipc and (case == DEFAULT or case in held(run)):  # here another sampler than held outputs are
+                if len(keys) != run or keys in grids:
+                    continue
+                grids.add(keys)
+                if args.unipc:  # of which held outputs are another sampler
                     controls.append(f"{of}plain sampler, keys of {case}")
                     with on_grid(pipe.scheduler, keys):
                         record(controls[-1], clips(compared), run)
+                elif case not in held(run):
+                    controls.append(f"{of}hold, keys of {case}")
+                    rehashed(controls[-1], {"steps": keys, "mode": "hold"}, calibration)
+                    videoattn.disable(pipe)
             known = [control for control in controls if control in points]
             figures = [
                 {
@@ -307,7 +317,7 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
                     "unit": "dB, the best of them",
                 }
                 for case in points
-                if case.startswith(of) and case not in known
+                if case.startswith(of) and case not in known and calls[case] == run
             ]
             results.append_figures("rehash_quality", figures, env, args.results)
             for figure in sorted(figures, key=lambda figure: -figure["value"]):

@@ -374,13 +374,27 @@ def test_a_forecast_knows_what_convolutions_take():
     assert forecast.peak(lambda: convolution(x))[0] == own
     assert forecast.peak(lambda: convolution(x), workspaces=True)[0] == own + more
     last = x.to(memory_format=torch.channels_last)
-    assert forecast.peak(lambda: convolution(last), workspaces=True)[0] == own
+    assert forecast.peak(lambda: convolution(last), workspaces=True)[0] == own + convolution.weight.nbytes
     single = torch.nn.Conv2d(8, 16, 1, device="meta")
     assert forecast.peak(lambda: single(x), workspaces=True)[0] == own
+    # all of it channels-last takes nothing more, and what comes out is channels-last again
     twice = torch.nn.Sequential(convolution, torch.nn.Conv2d(16, 8, 3, padding=1, device="meta"))
-    assert (
-        forecast.peak(lambda: twice(last), workspaces=True)[0] == own + x.nbytes
-    )  # what comes out is channels-last again
+    twice.to(memory_format=torch.channels_last)
+    assert forecast.peak(lambda: twice(last), workspaces=True)[0] == own + x.nbytes
+    rows = torch.empty(2, 8, 9, 10, device="meta").to(memory_format=torch.channels_last)[:, :, :6]  # these are copied
+    assert forecast.peak(lambda: convolution(rows), workspaces=True)[0] == own + x.nbytes
+
+
+def test_a_twin_has_the_layouts_of_weights():
+    """Of a VAE that its user made channels-last, which needs no workspaces."""
+    vae = tiny_pipelines.build("animatediff").vae
+    latents = torch.empty(2, vae.config.latent_channels, 16, 16, device="meta")
+    told = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        twin = forecast.twin(vae.to(memory_format=layout))
+        assert twin.decoder.conv_in.weight.stride() == vae.decoder.conv_in.weight.stride()
+        told.append(forecast.peak(lambda twin=twin: twin.decode(latents), workspaces=True)[0])
+    assert told[1] < told[0]
 
 
 def test_every_family_of_the_registry_has_a_table():

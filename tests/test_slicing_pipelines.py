@@ -116,6 +116,19 @@ def test_a_decoder_over_budget_is_told_before_the_first_step():
     assert steps == []
 
 
+def test_tiles_that_the_host_has_on_are_told_and_not_named_again():
+    pipe = build("wan")
+    pipe.vae.enable_tiling()
+    videoattn.enable_feature_slicing(pipe, memory="1TiB")
+    assert "decodes in tiles, by the host's own switch: this changes the video" in str(videoattn.report(pipe))
+    video("wan", pipe)
+    decode = slicing_of(pipe.vae)
+    decode.budget, decode.choices = decode.choice.resident + 10, {}
+    with pytest.raises(OverBudget) as over:
+        video("wan", pipe)
+    assert "AutoencoderKLWan.decode at this size needs" in str(over.value) and "less may do" not in str(over.value)
+
+
 @pytest.mark.parametrize("name", ["mochi", "hunyuan_video15"])
 def test_a_model_that_needs_values_takes_no_budget(name):
     pipe = videoattn.enable_feature_slicing(build(name), memory="1TiB")

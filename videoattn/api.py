@@ -154,8 +154,8 @@ def enable_step_rehash(
         threshold: instead, with point "first_block": a step runs where the first block's output has changed more, relatively.
         mode: what a step that does not run gives. "hold": the last output; "extrapolate", "extrapolate2": a line or a parabola
             through the last ones; "fit": the weights of the last two that were best in a calibration; "correct": "fit", and the
-            next step that runs makes up for what was guessed wrong. Default: "correct"; "fit" at another point; "hold" with a
-            multistep sampler; "extrapolate" with threshold.
+            next step that runs makes up for what was guessed wrong. Default: "correct"; "fit" at another point;
+            "extrapolate" with threshold; and with a multistep sampler always "hold".
         keys: which steps run, "similarity" by the search of Zhan et al. (NeurIPS 2024); those with which a calibration's "error"
             is the least; or "uniform".
         point: what is reused: the network's "output"; of UNets what the last up block is given, "late_block"; of transformers

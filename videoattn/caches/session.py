@@ -376,7 +376,7 @@ class Rehash:
             if self.missing:
                 yield f"{len(self.missing)} more steps ran than asked for: a branch had no past of its own"
             if self._multistep:
-                yield "the sampler is a multistep one, for which no mode measured was better than holding outputs"
+                yield "the sampler is a multistep one, where guesses went far wrong on single videos and held outputs did not"
             if self.settings.mode == "correct" and self._influence is None:
                 yield "nothing is corrected: the scheduler draws noise, or takes other arguments than most"
 

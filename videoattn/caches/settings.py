@@ -72,8 +72,8 @@ class Settings:
         Args:
             multistep: whether the sampler takes differences of outputs, to which guesses do harm.
         """
-        best = "hold" if multistep else "correct" if self.point == "output" else "fit"
-        mode = "extrapolate" if self.threshold is not None else best
+        fitted = "correct" if self.point == "output" else "fit"
+        mode = "hold" if multistep else "extrapolate" if self.threshold is not None else fitted
         return replace(self, mode=self.mode or mode, keys=self.keys or "similarity")
 
     @property

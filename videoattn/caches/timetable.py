@@ -16,9 +16,8 @@ COORDINATES: tuple[Coordinate, ...] = get_args(Coordinate)
 
 LEAST_STEPS = 9  # of a sampler with fewer, two steps have too little in common
 SMALL = 2.0**-10  # an output that no scheduler clips
-LEAST_KEPT = (
-    2.0**-24
-)  # of the signal's variance: where a first step is pure noise, none is kept, and sigma would be infinite
+LEAST_KEPT = 2.0**-24
+"""Of the signal's variance: a first step of pure noise keeps none, and its sigma would be infinite."""
 
 
 def refuses(scheduler: object) -> str | None:

@@ -1,4 +1,4 @@
-"""Options that save memory of a decoder by the host's own switches, which of them change the video, and tiling on and off again.
+"""Options of `enable_feature_slicing` beside slices: which a decoder has, which change the video, and tiling on and off again.
 
 What changes the video stays off unless a user asks for it.
 """

@@ -3,8 +3,8 @@
 What is counted is what is alive, operator by operator, on a copy of the module's structure with the same slices, and what
 convolutions of a GPU take beside it: cuDNN's kernels want channels last, and where a convolution's tensors are not, it holds its
 input, its output and its weight a second time while it runs (measured on an H200 in fp16, bf16 and fp32, two and three
-dimensions; 1 x 1 takes nothing). Attention makes its output and no more, as every fused kernel does. What is left out is the
-allocator's rounding.
+dimensions; 1 x 1 takes nothing). Where input or weight has channels last, so has the output, and what has not is copied.
+Attention makes its output and no more, as every fused kernel does. What is left out is the allocator's rounding.
 
 Of slices that are alike two run.
 """
@@ -53,7 +53,7 @@ class _Memory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         convolves = self.workspaces and func is torch.ops.aten.convolution.default
         if convolves and any(map(_channels_last, args[:2])):
-            out = out.contiguous(memory_format=LAST[out.ndim])
+            out = out.contiguous(memory_format=CHANNELS_LAST[out.ndim])
         if not _aliases(func):
             for made in (out,) if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else ():
                 if isinstance(made, Tensor):
@@ -90,18 +90,20 @@ class _Memory(TorchDispatchMode):
 INDEXED = 2**31  # elements that cuDNN's kernels can count: of more, torch runs some rows of the batch at a time
 
 
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Of a convolution's input or its weight: cuDNN gives channels last where one of them has it, and the meta device does not."""
-    return x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim]) and not x.is_contiguous()
+    """Of a convolution's input or weight, by its strides, as torch asks: cuDNN's output is then too, the meta device's is not."""
+    return x.ndim in CHANNELS_LAST and x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
 
 
 def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
     """Bytes that a convolution holds beside its input and its output, of a GPU."""
-    if x.ndim not in LAST or any(map(_channels_last, (x, weight))):
+    if x.ndim not in CHANNELS_LAST:
         return 0
+    if _channels_last(x) or _channels_last(weight):
+        return sum(each.nbytes for each in (x, weight) if not each.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]))
     copied = 0 if x.is_contiguous() else x.nbytes
     largest = max(x.numel(), out.numel())
     if largest < INDEXED and weight[0, 0].numel() == 1:
@@ -111,7 +113,7 @@ def _workspace(x: Tensor, weight: Tensor, out: Tensor) -> int:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same modules on the meta device, with weights of the same types, as its class makes them of its config.
+    """The same modules on the meta device, with weights of the same types and layouts, as its class makes them of its config.
 
     Raises:
         TypeError: a model without a config, which nobody can make again.
@@ -120,12 +122,13 @@ def twin(model: nn.Module) -> nn.Module:
         raise TypeError(f"memory: wanted a model of diffusers, with a config, got {type(model).__name__}")
     with torch.device("meta"):
         made = type(model).from_config(model.config).to("meta")  # buffers that are made of NumPy's arrays too
-    dtypes = {name: x.dtype for name, x in model.named_parameters()} | {
-        name: x.dtype for name, x in model.named_buffers()
-    }
+    known = dict(model.named_parameters()) | dict(model.named_buffers())
     usual = next(model.parameters()).dtype
     for name, x in [*made.named_parameters(), *made.named_buffers()]:
-        x.data = torch.empty(x.shape, dtype=dtypes.get(name, usual), device="meta")
+        like = known.get(name)
+        strides = x.stride() if like is None or like.shape != x.shape else like.stride()  # channels last
+        dtype = usual if like is None else like.dtype
+        x.data = torch.empty_strided(x.shape, strides, dtype=dtype, device="meta")
     for name, module in model.named_modules():
         processor = getattr(module, "processor", None)
         if isinstance(processor, FastProcessor):  # its session may come to bind it after this

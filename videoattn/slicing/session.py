@@ -190,14 +190,15 @@ class Slicing:
         raise OverBudget(
             f"memory: wanted at most {shown(self.budget)}, and {type(self.model).__name__}.{self.entry} at this size needs "
             f"{shown(least.total)}: {shown(resident)} that lie there already, and {shown(least.activations)} that it makes"
-            + "".join(f"; less may do with {switch}" for switch in self._left()),
+            + "".join(f"; less may do with {switch}" for switch in self._left(args)),
             least.total,
         )
 
-    def _left(self) -> Iterator[Switch]:
-        """The host's switches of a decoder that are not on."""
+    def _left(self, args: tuple) -> Iterator[Switch]:
+        """Switches of a decoder that would change what this call takes."""
         if self.entry == "decode":
-            on = {"vae_frames": self.frames is not None, "vae_tiling": getattr(self.model, "use_tiling", False)}
+            one_by_one = getattr(self.model, "use_slicing", False) or len(args[0]) == 1
+            on = {"vae_frames": one_by_one, "vae_tiling": getattr(self.model, "use_tiling", False)}
             yield from (switch for switch in switches(self.model) if not on[switch.option])
 
     @staticmethod
