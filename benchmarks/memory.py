@@ -288,7 +288,7 @@ def gib(case: Case, metric: str, size: int) -> Figure:
     return figure(case, metric, size / 2**30, "GiB")
 
 
-def figure(case: Case, metric: str, value: float, unit: str) -> Figure:
+def figure(case: Case | str, metric: str, value: float, unit: str) -> Figure:
     return {"case": str(case), "metric": metric, "value": value, "unit": unit}
 
 

@@ -254,13 +254,13 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
             f"--fold {args.fold}: wanted {PAIRED} prompts at most, and so many held-out scenes, got {len(scenes)}"
         )
     prompts = [scene.caption() for scene in scenes]
-    first = 10_000 * args.fold
+    first_seed = 10_000 * args.fold
     if args.fold:
         name = f"{name} fold {args.fold}"
     compared, others = prompts[: args.prompts], prompts[args.prompts :]
     full, points, calls = None, {}, {}
 
-    def clips(texts: Sequence[str], count: int = steps, seed: int = first) -> np.ndarray:
+    def clips(texts: Sequence[str], count: int = steps, seed: int = first_seed) -> np.ndarray:
         return generate(pipe, list(texts), size, steps=count, guidance=GUIDANCE, batch=args.batch, seed=seed)
 
     def record(case: str, made: np.ndarray, ran: int) -> None:
@@ -280,7 +280,7 @@ def quality(args: argparse.Namespace, env: Mapping[str, str]) -> None:
     def calibrate(calibration: Path) -> None:
         for point in ("output", "late_block" if unet else "first_block"):
             videoattn.enable_step_rehash(pipe, steps=args.run[0], point=point, calibration=calibration)
-            clips(others, seed=first + 1000)
+            clips(others, seed=first_seed + 1000)
         videoattn.disable(pipe)
 
     full = clips(compared)

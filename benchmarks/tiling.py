@@ -13,6 +13,7 @@ Needs a checkout: scenes and what draws them are examples/train_tiny's.
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from videoattn.benchmarks import results
-from videoattn.benchmarks.memory import Figure, peak
+from videoattn.benchmarks.memory import Figure, figure, peak
 from videoattn.benchmarks.quality_tiny import EXAMPLES
 from videoattn.slicing.session import Slicing
 
@@ -49,7 +50,7 @@ def measure(model: str, scenes: int, device: torch.device, sheet: Path | None) -
     frames, height, width = SIZES[model]
     size = Size(frames=frames, height=height, width=width)
     case = f"{model} {size}"
-    points: dict[str, list[float]] = {name: [] for name in (*RUNS, "drawn")}
+    points: dict[str, list[float]] = defaultdict(list)
     most = dict.fromkeys(RUNS, 0)
     rng = np.random.default_rng(0)
     shown: tuple[float, Tensor, Tensor] | None = None
@@ -57,25 +58,21 @@ def measure(model: str, scenes: int, device: torch.device, sheet: Path | None) -
         drawn, _ = render(*layouts([scene], rng, size, device), size.frames, size.height, size.width)
         x = drawn if kind is AutoencoderKLWan else drawn.transpose(1, 2).flatten(0, 1)
         latents = vae.encode(x).latent_dist.mode()
+        videos = {}
         for name, options in RUNS.items():
             decode = _decoding(vae, latents, options)
             most[name] = max(most[name], peak(decode, device))
-            video = decode().clamp(-1, 1)
-            if name == "whole":
-                whole = video
-                points["drawn"].append(psnr(video, x))
-                continue
-            points[name].append(psnr(video, whole))
-            if name == "tiles" and (shown is None or points[name][-1] < shown[0]):
-                shown = points[name][-1], whole, video
+            videos[name] = decode().clamp(-1, 1)
+            against = ("drawn", x) if name == "whole" else ("whole", videos["whole"])
+            points[f"{name} against {against[0]}"].append(psnr(videos[name], against[1]))
+        if shown is None or points["tiles against whole"][-1] < shown[0]:
+            shown = points["tiles against whole"][-1], videos["whole"], videos["tiles"]
     if sheet is not None:
         _draw(sheet / f"{model}.png", *shown[1:])
-    figures = [_figure(case, f"peak {name}", size / 2**20, "MiB") for name, size in most.items()]
-    for name, found in points.items():
-        if found:
-            what = "whole against drawn" if name == "drawn" else f"{name} against whole"
-            figures.append(_figure(case, f"psnr {what}", float(np.mean(found)), "dB"))
-            figures.append(_figure(case, f"worst psnr {what}", min(found), "dB"))
+    figures = [figure(case, f"peak {name}", size / 2**20, "MiB") for name, size in most.items()]
+    for what, found in points.items():
+        figures.append(figure(case, f"psnr {what}", float(np.mean(found)), "dB"))
+        figures.append(figure(case, f"worst psnr {what}", min(found), "dB"))
     return figures
 
 
@@ -91,10 +88,6 @@ def _decoding(vae: torch.nn.Module, latents: Tensor, options: dict[str, object])
                 slicing.detach()
 
     return call
-
-
-def _figure(case: str, metric: str, value: float, unit: str) -> Figure:
-    return {"case": case, "metric": metric, "value": value, "unit": unit}
 
 
 def _draw(path: Path, whole: Tensor, tiled: Tensor) -> None:

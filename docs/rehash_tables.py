@@ -6,8 +6,6 @@ from collections.abc import Callable
 from quantised_tables import RESULTS, newest, ratio, table
 
 NOT_YET = "Not measured yet."
-
-
 FLOOR = "noise floor"  # of a model and a size: torch's other exact attention, every step
 
 
@@ -17,11 +15,11 @@ def quality() -> str:
         return NOT_YET
     found: dict[str, dict[str, dict[str, float]]] = {}
     rows = [(*row["case"].rpartition(": ")[::2], row) for row in newest("rehash_quality", "case", "metric")]
-    last = {
-        setting: max((row["date"], row["commit"]) for of, _, row in rows if of == setting)[1] for setting, *_ in rows
-    }
+    last: dict[str, tuple[str, str]] = {}
+    for setting, _, row in rows:
+        last[setting] = max(last.get(setting, ("", "")), (row["date"], row["commit"]))
     for setting, case, row in rows:
-        if row["commit"] == last[setting]:  # not what an older benchmark alone has
+        if row["commit"] == last[setting][1]:  # not what an older benchmark alone has
             found.setdefault(setting, {}).setdefault(case, {})[row["metric"]] = float(row["value"])
     floors = {setting: found.pop(setting)[FLOOR] for setting in [*found] if FLOOR in found[setting]}
     head = ["mode, keys", "steps run", "PSNR, mean, dB", "worst", "SSIM, mean", "above the best control, dB"]
